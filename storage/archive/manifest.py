@@ -33,6 +33,7 @@ from storage.keys import manifest_key
 from storage.rows import aliases, claims, reports, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
+from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState, CallbackState
 
 log = structlog.get_logger()
@@ -158,7 +159,7 @@ class Finisher:
         archive = states.outcome(facts)
         waiting = [asset for asset in assets if asset.state is AssetState.DUE]
         fault = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
-        note = fault or tasks.request_note(row)
+        note = _dismissal(assets) or fault or tasks.request_note(row)
         claims.settle(
             session, claimed, due_in=None, attempts=0, step=None, archive=archive, note=note, manifest_key=written.key,
             manifest_digest=written.digest, manifests=written.number, archived_at=NOW,
@@ -190,6 +191,14 @@ class Finisher:
         except LostClaim:
             return
         log.warning("task.manifest_not_written", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
+
+
+def _dismissal(assets: Sequence[Asset]) -> str | None:
+    """The note of a dismissed task whose manifest is written again: each of its files is archived or dismissed."""
+    others = [asset for asset in assets if asset.state is not AssetState.ARCHIVED]
+    errors = [asset.error or "" for asset in others if asset.state is AssetState.FAILED]
+    is_dismissed = len(errors) == len(others) and all(error.startswith(DISMISSED) for error in errors)
+    return errors[0] if errors and is_dismissed else None
 
 
 def build(

@@ -15,13 +15,14 @@ from receiver.tasks.accept_losses import CURRENT, NO_ROW, THERE, accept_losses
 from storage.archive import continuous_audit
 from storage.archive.accepted_losses import LOSS_ACCEPTED, LOSS_ENDED
 from storage.archive.audit import THERE_AGAIN, Finding, FindingKind
-from storage.archive.repair import FETCHED_AGAIN
+from storage.archive.repair import FETCHED_AGAIN, Repairer
 from storage.keys import manifest_name
 from storage.operations import outbox
 from storage.rows.events import acts_of
 from storage.rows.models import Event, Task
+from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState
-from tests.archived_tasks import all_assets, archive, flip, put
+from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.pipeline import assets_of, task_of
 from tests.receiver.tasks.test_operate import operating
@@ -243,6 +244,25 @@ def test_dismissed_lost_file_is_a_note_and_is_archived_when_it_is_there_again(
     assert repair(parts, findings) == [FETCHED_AGAIN]
     (row,) = assets_of(parts, task)
     assert (row.state, row.sha256, said(parts, deep=True)) == (AssetState.ARCHIVED, asset.sha256, [])
+
+
+def test_task_stays_dismissed_when_its_lost_manifest_is_written_again(parts: Parts, sandbox: Sandbox) -> None:
+    (task,) = archive(parts, 1, n=2)
+    first, second = assets_of(parts, task)
+    for key in (first.key, second.key, task.manifest_key):
+        parts.bucket.delete(str(key))
+    sandbox.set(cdn_html_rate=1)
+    repairer = Repairer(parts.database, parts.bucket, parts.schedule)
+    for finding in audit(parts)[1]:
+        repairer.repair(finding)
+    assert operating(parts.database, parts).dismiss(task.external_task_id, WHY).is_good
+    repair(parts, audit(parts)[1])
+    row = task_of(parts, task.external_task_id)
+    assert (row.archive, row.manifest_key, is_dismissed(row)) == (ArchiveState.INCOMPLETE, task.manifest_key, True)
+    assert WHY in str(row.note) and said(parts) == sorted([("accepted", first.key), ("accepted", second.key)])
+    operating(parts.database, parts).retry(str(first.id))
+    work_off(parts)
+    assert not is_dismissed(task_of(parts, task.external_task_id))  # a file of it was given up anew
 
 
 @pytest.mark.databases("sqlite")
