@@ -228,7 +228,11 @@ class Callbacks:
         words, outcome = "could not be stored, try again", "database"
         if isinstance(error, TaskFull):
             if self._may_read_soon.now(delivery.task_id):
-                await to_thread.run_sync(self._read_soon, delivery, limiter=self._threads)
+                try:
+                    await to_thread.run_sync(self._read_soon, delivery, limiter=self._threads)
+                except DatabaseUnavailable as outage:  # not 429: no read will find what this delivery says
+                    self._may_read_soon.take_back(delivery.task_id)
+                    return await self._not_stored(delivery, outage)
             words = "this task has more deliveries than can be kept; it is read instead"
             return Refused(429, words, "task_full", {"Retry-After": str(FULL_RETRY_AFTER_SECONDS)})
         if isinstance(error, QueueFull):

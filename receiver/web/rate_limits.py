@@ -36,6 +36,10 @@ class RateLimit:
         self._not_before[task_id] = now + self._seconds
         return True
 
+    def take_back(self, task_id: uuid.UUID | None) -> None:
+        """Call it if the action failed."""
+        self._not_before.pop(task_id, None)
+
 
 class Allowance:
     """An amount a second. What was not spent may be spent later, up to `most` at once; the last part may exceed it.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 from receiver.base.config import Settings, SettingsInvalid, load
 
-SECRET = "whsec_" + "a" * 44
+QUOTED = ('"{}"', "'{}'", '"{}" ', '""')
 
 HOST_FAULTS = {
     "https://a.example": "an entry has a scheme", "a.example/b": "an entry has a path",
@@ -49,21 +50,22 @@ def test_value_that_cannot_work_is_refused_and_not_shown(name: str, value: str, 
     assert "a.example" not in str(refused.value) and "8443" not in str(refused.value)
 
 
-@pytest.mark.parametrize("quoted", ['"{}"', "'{}'", '"{}" ', '""'])
 @pytest.mark.parametrize("is_file", [False, True], ids=["variable", "file"])
-@pytest.mark.parametrize("name", Settings.model_fields)
 def test_value_in_quotes_is_refused_for_every_setting(
-    name: str, is_file: bool, quoted: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    is_file: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    value, variable = quoted.format("hunter2"), f"RECEIVER_{name.upper()}"
-    (tmp_path / "value").write_text(value + "\n")
-    if name != "s3_bucket":
-        monkeypatch.setenv("RECEIVER_S3_BUCKET", "pictures")
-    monkeypatch.setenv(f"{variable}_FILE" if is_file else variable, str(tmp_path / "value") if is_file else value)
-    with pytest.raises(SettingsInvalid, match=f"^{variable}: is in quotes, .*; remove them") as refused:
-        load()
-    assert "hunter2" not in str(refused.value)
+    every_kind = [("s3_bucket", quoted) for quoted in QUOTED]
+    for name, quoted in [*every_kind, *zip(Settings.model_fields, itertools.cycle(QUOTED), strict=False)]:
+        value, variable = quoted.format("hunter2"), f"RECEIVER_{name.upper()}"
+        (tmp_path / "value").write_text(value + "\n")
+        with monkeypatch.context() as environment:
+            if name != "s3_bucket":
+                environment.setenv("RECEIVER_S3_BUCKET", "pictures")
+            environment.setenv(*((f"{variable}_FILE", str(tmp_path / "value")) if is_file else (variable, value)))
+            with pytest.raises(SettingsInvalid, match=f"^{variable}: is in quotes, .*; remove them") as refused:
+                load()
+        assert "hunter2" not in str(refused.value)
 
 
 def test_secret_may_hold_a_quote_at_one_end_or_inside() -> None:

@@ -28,8 +28,9 @@ from receiver.base.tokens import ASSET_PURPOSE, Tokens
 from receiver.web import account_budget, callbacks
 from receiver.web.http_protocol import BoundedHttpProtocol
 from receiver.web.refusals import RETRY_AFTER_SECONDS
+from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats
-from storage.rows import group_commit
+from storage.rows import group_commit, tasks
 from storage.rows.deliveries import Delivery
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Step, TaskState
@@ -660,6 +661,26 @@ def test_a_task_with_too_many_deliveries_is_read_instead(
     assert due_at is not None
     assert due_at <= datetime.now(UTC)
     assert post(web, path_of(parts, task), bodies[0]).status_code == 200  # known already
+
+
+def test_a_task_with_too_many_deliveries_that_cannot_be_read_is_503(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_commit, "COUNT_FROM", 1)
+    monkeypatch.setattr(group_commit, "MAX_KEPT_PER_TASK", 1)
+    task = insert_row(parts)
+    path = path_of(parts, task)
+    assert post(web, path, b'{"task_id": "901", "n": 1}').status_code == 200
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DatabaseUnavailable("database: away")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(tasks, "lock", fail)
+        assert_try_again(post(web, path, b'{"task_id": "901", "n": 2}'))
+    assert post(web, path, b'{"task_id": "901", "n": 2}').status_code == 429
+    due_at = task_of(parts, task.external_task_id).due_at
+    assert due_at is not None and due_at <= datetime.now(UTC)
 
 
 @ON_POSTGRESQL
