@@ -93,7 +93,7 @@ def count(database: Database) -> int:
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 @pytest.mark.parametrize("what", ["removed", "replaced"])
-def test_a_process_that_begins_refuses_what_another_one_has_open_no_more(
+def test_a_new_process_is_refused_while_another_has_removed_files_open(
     own: Database, sqlite_file: Path, suffix: str, what: str
 ) -> None:
     """SQLite makes a new log or index beside it. A row of the new process went when the other one ended."""
