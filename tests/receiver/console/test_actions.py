@@ -285,7 +285,6 @@ def test_all_that_match_are_counted_and_then_replayed(parts: Parts, ann: Reader,
     assert ann.get("/deliveries/replay?of=1").status_code == 404
 
 
-@BOTH
 def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts)
     with parts.database.write() as session:
@@ -294,7 +293,7 @@ def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Par
         session.add(Dispatch(sink="client", event_id=event.id or 0, task_id=task.id, created_at=now,
                              state=DispatchState.DEAD, error="answered 500", tries=14))  # fmt: skip
     assert "answered 500" in ann.page("/events?state=dead")
-    wait_until(lambda: "Send 1 again" in ann.page("/events"))
+    wait_until(lambda: "Send 1 again" in ann.page("/events"), every=0.2)
     sent = ann.post("/act/redeliver", sink="client").text
     assert "1 event is sent again" in sent and "Send 1 again" not in sent
     assert "1 event was given up" not in ann.page("")
@@ -506,7 +505,6 @@ def test_a_batch_whose_id_is_taken_meanwhile_keeps_its_lines_in_the_form(
     assert GOOD.strip() in shown.partition('name="content"')[2] and 'value="spring"' in shown
 
 
-@BOTH
 def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> None:
     task, _ = with_a_failed_file(parts)
     with parts.database.write() as session:
@@ -518,7 +516,6 @@ def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> N
     assert "1 file or request is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
 
 
-@BOTH
 def test_tasks_that_the_provider_failed_are_said_to_be_read_again(parts: Parts, ann: Reader) -> None:
     """It said that two things were tried again, each time, and their timelines did not show it."""
     with parts.database.write() as session:
@@ -591,7 +588,6 @@ def test_check_page_shows_the_results_of_receiver_check(ann: Reader) -> None:
     assert "takes writes, schema" in page and "takes our credentials" in page and "/callbacks/kling/" not in page
 
 
-@BOTH
 def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: Reader) -> None:
     everything = [outbox.Subscription("it", frozenset(EventName))]
     parts.database.at_group_end = lambda session: outbox.sequence_recorded(parts.database, session, everything)

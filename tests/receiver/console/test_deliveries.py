@@ -25,7 +25,8 @@ from tests.console_reader import HIDDEN, Reader
 from tests.pipeline import callback_of, deliver, insert_row, make_due_now, run
 from tests.plans import plans, scans
 
-ON_SQLITE = pytest.mark.databases("sqlite")  # forms and words
+pytestmark = pytest.mark.databases("sqlite")  # forms and words
+BOTH = pytest.mark.databases("sqlite", "postgresql")  # what queries and indexes find, and counts
 LINKED = re.compile(r'<a class="mono" href="/console/tasks/([^"]+)">')
 
 
@@ -40,6 +41,7 @@ def numbers(parts: Parts, task: Task) -> list[int]:
     return [row.id for row, *_ in page.rows]
 
 
+@BOTH
 def test_deliveries_at_both_urls_are_shown_with_their_task(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts, external_task_id="ours")
     by_token = deliver(parts, task, {**about("ours", "failed"), "task_id": "901"}, webhook_id="msg_1")
@@ -55,6 +57,7 @@ def test_deliveries_at_both_urls_are_shown_with_their_task(parts: Parts, ann: Re
     assert LINKED.findall(ann.page("/deliveries")) == [str(task.id)] * 3
 
 
+@BOTH
 def test_what_a_stranger_says_about_a_task_is_not_shown_as_the_tasks(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts, external_task_id="ours", callback_reads=MAX_READS_PER_TASK)
     unread = deliver(parts, None, about("ours", "succeed"))
@@ -74,6 +77,7 @@ def test_what_a_stranger_says_about_a_task_is_not_shown_as_the_tasks(parts: Part
         assert "none here" in shown and "/console/tasks/ours" not in shown
 
 
+@BOTH
 def test_deliveries_of_a_task_are_found_by_an_index(parts: Parts) -> None:
     task = insert_row(parts, external_task_id="ours")
     deliver(parts, task, about("ours"))
@@ -127,6 +131,7 @@ def unmatched(parts: Parts) -> int:
         return measure(session, deadline_seconds=60, day=False).unmatched
 
 
+@BOTH
 def test_unmatched_deliveries_are_dismissed_with_a_reason_and_kept(parts: Parts, ann: Reader) -> None:
     first, *rest = (deliver(parts, None, about(f"unknown-{number}")) for number in range(3))
     assert (
@@ -187,7 +192,6 @@ def test_what_was_not_dismissed_is_not_noted(parts: Parts, ann: Reader) -> None:
     assert len(acts(parts)) == 1 and "ann: dismiss" not in ann.page("/tasks/ours")
 
 
-@ON_SQLITE
 def test_what_was_not_replayed_is_not_noted(parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     good, other = (deliver(parts, None, about(f"unknown-{number}")) for number in range(2))
     replay = Operator.replay
@@ -204,7 +208,6 @@ def test_what_was_not_replayed_is_not_noted(parts: Parts, ann: Reader, monkeypat
     assert acts(parts) == [("replay", f"1 deliveries from {good.id}", "None")]
 
 
-@ON_SQLITE
 @pytest.mark.parametrize("path", ["/deliveries", "/deliveries/replay"])
 def test_address_gives_a_form_no_field_beside_its_filter(parts: Parts, ann: Reader, path: str) -> None:
     deliver(parts, None, about("unknown"))
@@ -215,6 +218,7 @@ def test_address_gives_a_form_no_field_beside_its_filter(parts: Parts, ann: Read
         assert names in (["csrf"], ["csrf", "state"])
 
 
+@BOTH
 def test_open_and_dismissed_deliveries_are_found_by_an_index(parts: Parts) -> None:
     for number in range(2):
         deliver(parts, None, about(f"unknown-{number}"))
