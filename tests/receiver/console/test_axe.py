@@ -1,10 +1,10 @@
-"""axe-core on every page, in both themes and both languages: no serious or critical fault, contrast included."""
+"""axe-core on every page: no serious or critical fault, contrast included. In CI in both themes and both languages."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -54,9 +54,11 @@ OF_MENUS = RUN.replace("axe.run(", 'axe.run("details.menu[open], #menu", ')
 RULES_OF_COLOURS = ["color-contrast", "link-in-text-block"]
 COLOURS = {"runOnly": RULES_OF_COLOURS}
 ALL_BUT_COLOURS = {"rules": {rule: {"enabled": False} for rule in RULES_OF_COLOURS}}
-# Outside CI these stand for all pages in Chinese. No template but the three layouts (page, log-in, error) knows of the
-# language, and `test_catalogue` compares the texts.
-IN_CHINESE = ("", "/ask", "/gallery", "/tasks/none")
+IN_CI = "CI" in os.environ
+THEMES = ("light", "dark")
+# Outside CI these and the log-in stand for all pages in Chinese. No template but the three layouts (page, log-in,
+# error) knows of the language, and `test_catalogue` compares the texts.
+IN_CHINESE = ("/ask", "/tasks/none")
 
 
 @pytest.fixture(params=["sqlite"])
@@ -71,51 +73,59 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
     browser.close()
 
 
-def faults(browser: Browser, url: str, *, lightbox: bool = False, colours: bool = True) -> list[str]:
-    browser.scheme("light")
+def faults(browser: Browser, url: str, themes: Sequence[str], *, lightbox: bool = False) -> list[str]:
+    """All rules in the first theme, those of colours in the next. Without a theme all rules but those of colours."""
+    browser.scheme(themes[0] if themes else "light")
     browser.open(url)
     browser.run(OPEN + TRIM, lightbox)
-    if not colours:
-        return list(browser.run_async(RUN, ALL_BUT_COLOURS))
-    light = browser.run_async(RUN, {})
-    browser.scheme("dark")
-    return [*light, *(f"dark: {each}" for each in browser.run_async(RUN, COLOURS))]
+    return in_themes(browser, RUN, themes) if themes else list(browser.run_async(RUN, ALL_BUT_COLOURS))
 
 
 def faults_of_menus(browser: Browser, url: str) -> list[str]:
     browser.open(url)
     browser.run(TRIM + MENUS)
+    return in_themes(browser, OF_MENUS, THEMES)
+
+
+def in_themes(browser: Browser, script: str, themes: Sequence[str]) -> list[str]:
     found = []
-    for scheme, rules in (("light", {}), ("dark", COLOURS)):
-        browser.scheme(scheme)
-        found += browser.run_async(OF_MENUS, rules)
+    for theme in themes:
+        browser.scheme(theme)
+        rules = {} if theme == themes[0] else COLOURS
+        found += [f"{theme}: {each}" for each in browser.run_async(script, rules)]
     return found
 
 
 def test_no_page_has_a_serious_fault(parts: Parts, browser: Browser, web: Web) -> None:
+    """Outside CI each page in English is looked at once, wide, in the one theme or the other in turn.
+
+    The contrast of most pages in both themes is then `test_browser`'s.
+    """
     task, callback, batch = fill(parts)
     everything(parts)
     real = archive(parts, 1, n=2)[0]
     own = (f"/tasks/{task.id}", f"/tasks/{real.id}", f"/deliveries/{callback.id}", f"/batches/{batch.id}")
     own += ("/tasks/none", "/deliveries/replay?state=refused", "/tasks?state=nope&since=x&q=%00&stat=1&before=x")
+    console = f"{web.url}/console"
     found: dict[str, list[str]] = {}
     with browser.before_pages(axe.script().read_text()):  # sent once instead of for each page
         for language in ("en", "zh"):
-            search = partial(faults, browser, colours=language == "en")
-            is_whole = language == "en" or "CI" in os.environ
+            themes = cycle([()] if language == "zh" else [THEMES] if IN_CI else [THEMES[:1], THEMES[1:]])
             browser.resize(1440, 900)
-            browser.open(f"{web.url}/console/language/{language}?next=/console/login")
-            found[f"{language} /login"] = search(f"{web.url}/console/login")
+            browser.open(f"{console}/language/{language}?next=/console/login")
+            found[f"{language} /login"] = faults(browser, f"{console}/login", next(themes))
             browser.type("input[name=key]", ACT_KEY)
             browser.press("Enter")
             browser.waits_for("ann")
-            paths = (*PAGES, *own) if is_whole else IN_CHINESE
-            found |= {f"{language} {path}": search(f"{web.url}/console{path}") for path in paths}
-            found[f"{language} lightbox"] = search(f"{web.url}/console/gallery", lightbox=True)
-            if is_whole:
+            paths = (*PAGES, *own) if language == "en" or IN_CI else IN_CHINESE
+            found |= {f"{language} {path}": faults(browser, console + path, next(themes)) for path in paths}
+            if IN_CI or language == "en":
+                found[f"{language} lightbox"] = faults(browser, f"{console}/gallery", next(themes), lightbox=True)
+            if IN_CI:
                 browser.resize(390, 800)
-                found |= {f"{language} 390 {path}": search(f"{web.url}/console{path}") for path in ("", "/tasks")}
-            if language == "en":
+                narrow = ("", "/tasks")
+                found |= {f"{language} 390 {path}": faults(browser, console + path, next(themes)) for path in narrow}
+            if IN_CI and language == "en":
                 menus = (own[0], "/events", "/deliveries?state=unmatched")
-                found |= {f"menus {path}": faults_of_menus(browser, f"{web.url}/console{path}") for path in menus}
+                found |= {f"menus {path}": faults_of_menus(browser, console + path) for path in menus}
     assert {path: each for path, each in found.items() if each} == {}
