@@ -144,6 +144,8 @@ def test_adopt_and_reconcile_run_as_commands(receiver: CommandLine, beside: Data
         ("dismiss", "x", "--reason", " "),
         ("dismiss", "--reason", "x"),
         ("dismiss", "x", "--delivery", "1", "--reason", "x"),
+        ("dismiss", "x", "--object", "x", "--reason", "x"),
+        ("dismiss", "--object", "x"),
         ("prune",),
         ("prune", "--older-than", "0"),
     ],

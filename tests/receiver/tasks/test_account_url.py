@@ -48,7 +48,6 @@ def shown_with(parts: Parts, task: Task) -> list[str | None]:
 
 
 @pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
-@BOTH
 def test_a_refused_task_takes_no_picture_of_another(parts: Parts, sandbox: Sandbox, at_own_url: bool) -> None:
     """The other task is the account's, so a read under its id would succeed."""
     made = parts.kling.create(
@@ -168,7 +167,6 @@ def test_a_forged_success_does_not_withdraw_the_read_that_would_expose_it(parts:
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["before the read", "after it"])
-@BOTH
 def test_a_true_delivery_at_the_account_url_is_the_tasks_callback(
     parts: Parts, sandbox: Sandbox, is_early: bool
 ) -> None:
@@ -188,8 +186,9 @@ def test_a_true_delivery_at_the_account_url_is_the_tasks_callback(
     assert (found.end_called_back_at < found.completed_at) is is_early
 
 
-@pytest.mark.parametrize("is_answered", [True, False], ids=["answered", "looked up"])
-@BOTH
+@pytest.mark.parametrize(
+    "is_answered", [pytest.param(True, id="answered", marks=BOTH), pytest.param(False, id="looked up")]
+)
 def test_a_delivery_before_the_end_of_the_create_is_decided_after_it(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, is_answered: bool
 ) -> None:

@@ -44,6 +44,10 @@ from tests.unreported_tasks import REQUEST, creates
 
 FOREIGN = "https://files.example.net"
 
+# The points are the provider's words and the order of events. What asks for the deliveries is tested on both databases.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
+
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
@@ -110,7 +114,7 @@ def test_a_create_that_was_called_back_is_not_sent_again(
     assert (found.provider_task_id == provider_id(sandbox)) is (webhook_id is not None)
 
 
-@pytest.mark.parametrize("state", [CallbackState.RECEIVED, CallbackState.REJECTED])
+@pytest.mark.parametrize("state", [pytest.param(CallbackState.RECEIVED, marks=BOTH), CallbackState.REJECTED])
 def test_a_delivery_that_waits_shows_that_the_create_arrived(
     parts: Parts, sandbox: Sandbox, state: CallbackState
 ) -> None:
@@ -137,6 +141,7 @@ def test_a_strangers_delivery_at_the_account_url_shows_nothing(parts: Parts, san
     assert len(creates(sandbox)) == 2
 
 
+@BOTH
 def test_a_delivery_of_an_earlier_request_shows_nothing_of_this_one(parts: Parts, sandbox: Sandbox) -> None:
     """A refused id is used again, with the same row and token."""
     sandbox.set(create_faults=["1301", "5000"])
@@ -272,6 +277,7 @@ def test_a_success_without_files_archives_nothing(parts: Parts, sandbox: Sandbox
     assert assets_of(parts, task) == []
 
 
+@BOTH
 def test_no_question_about_a_task_reads_all_deliveries(parts: Parts, sandbox: Sandbox) -> None:
     task = submit_request(parts)
     deliver(parts, task, body("processing"))
