@@ -21,7 +21,7 @@ from receiver.providers.base import ProviderRequest, RequestInvalid, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.submit import Submitter
 from storage.accounts import batches, slots
-from storage.accounts.accepted import was_accepted
+from storage.accounts.accepted_creates import was_accepted
 from storage.accounts.batches import CHUNK, Counts
 from storage.database.sessions import Database
 from storage.errors import UserError

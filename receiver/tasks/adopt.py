@@ -15,7 +15,7 @@ from typing import TypeVar
 from sqlmodel import Session
 
 from receiver.providers.base import Provider, Record
-from receiver.providers.lookup import read_task
+from receiver.providers.task_lookup import read_task
 from receiver.tasks import apply_deliveries
 from receiver.tasks.changes import Tally, change
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads

@@ -25,7 +25,7 @@ from sqlalchemy import bindparam, exists, or_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
-from receiver.providers.lookup import read_task
+from receiver.providers.task_lookup import read_task
 from receiver.tasks.apply_deliveries import decide_again
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.lease_renewal import renewing_lease

@@ -18,7 +18,7 @@ from sqlmodel import Session, col
 from receiver.providers.base import BadSignature, Provider, plain
 from receiver.tasks.accept_losses import accept_losses
 from receiver.tasks.changes import Tally, change
-from storage.accounts.accepted import was_accepted
+from storage.accounts.accepted_creates import was_accepted
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.operations import maintenance, pruning

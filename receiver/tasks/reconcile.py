@@ -17,10 +17,10 @@ from sqlalchemy import and_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider, Record
-from receiver.providers.lookup import read_task
+from receiver.providers.task_lookup import read_task
 from receiver.tasks import apply_deliveries
 from storage import states
-from storage.accounts.accepted import NEVER_REPORTED
+from storage.accounts.accepted_creates import NEVER_REPORTED
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ReportUnreadable, Retry

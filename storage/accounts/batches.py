@@ -15,7 +15,7 @@ from sqlalchemy import and_, case, func, insert, update
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.accounts.accepted import WAS_ACCEPTED
+from storage.accounts.accepted_creates import WAS_ACCEPTED
 from storage.database.clock import db_now
 from storage.database.sessions import insert_or_ignore
 from storage.rows.deliveries import rematch

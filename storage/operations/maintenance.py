@@ -17,7 +17,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.accounts.accepted import NEVER_REPORTED, was_accepted
+from storage.accounts.accepted_creates import NEVER_REPORTED, was_accepted
 from storage.database import walk
 from storage.database.sessions import Database, run
 from storage.rows import claims, reports, tasks

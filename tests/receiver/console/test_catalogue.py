@@ -18,7 +18,7 @@ from receiver.providers.base import RequestInvalid
 from receiver.providers.kling.request import parse_request
 from receiver.tasks import apply_deliveries
 from storage import filters
-from storage.accounts.accepted import NEVER_REPORTED
+from storage.accounts.accepted_creates import NEVER_REPORTED
 from storage.accounts.batches import STAGES
 from storage.archive.audit import FindingKind
 from storage.bucket.probe import Capabilities

@@ -16,7 +16,7 @@ from sqlmodel import col, update
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks.reconcile import BATCH, NO_BATCH_SECONDS, Reader
-from storage.accounts.accepted import NEVER_REPORTED
+from storage.accounts.accepted_creates import NEVER_REPORTED
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows import claims, tasks
 from storage.rows.models import Task
