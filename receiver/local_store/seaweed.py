@@ -230,10 +230,14 @@ class Seaweed:
         self.stop()
 
     def _remove_sockets(self) -> None:
-        """Remove its Unix sockets, which remain after a kill and partly after a stop."""
+        """Remove its Unix sockets, which remain after a kill and partly after a stop.
+
+        A server that took one of the ports first has sockets of the same names, and does not work without them.
+        """
         for port in self.ports:
             for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - fixed by SeaweedFS
-                leftover.unlink(missing_ok=True)
+                if not is_served(leftover):
+                    leftover.unlink(missing_ok=True)
 
     @property
     def _log_path(self) -> Path:
@@ -298,6 +302,16 @@ def is_free(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def is_served(path: Path) -> bool:
+    """Whether a process listens on the Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
         except OSError:
             return False
     return True

@@ -20,7 +20,7 @@ import pytest
 from receiver.base import config
 from receiver.local_store import seaweed as seaweed_module
 from receiver.local_store import serve_store
-from receiver.local_store.seaweed import Seaweed, answers, is_free, pick_ports
+from receiver.local_store.seaweed import PortTaken, Seaweed, answers, is_free, pick_ports
 from storage.bucket.bucket import Bucket
 from tests.harness import wait_until
 
@@ -132,6 +132,21 @@ def test_a_port_that_is_taken_before_the_start_is_replaced(tmp_path: Path, thief
     with Seaweed(tmp_path, "pictures") as server:
         assert len(thief) == 1 and thief[0] not in server.ports
         assert answers("GET", server.ports[0], "/healthz")
+
+
+def test_a_server_that_comes_second_to_its_ports_leaves_the_sockets_of_the_first(tmp_path: Path) -> None:
+    ports = pick_ports()
+    with Seaweed(tmp_path / "first", "pictures", ports=ports) as first:
+        held = sockets_of(first)
+        with pytest.raises(PortTaken):
+            Seaweed(tmp_path / "second", "other", ports={**pick_ports(), "filer": ports["filer"]}).start()
+        assert held and sockets_of(first) == held
+    assert not sockets_of(first)
+
+
+def sockets_of(server: Seaweed) -> set[Path]:
+    """SeaweedFS names its Unix sockets after its ports."""
+    return {each for port in server.ports for each in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")}  # noqa: S108 - fixed by SeaweedFS
 
 
 def test_store_on_taken_ports_moves_and_says_where(tmp_path: Path, thief: list[int]) -> None:
