@@ -41,6 +41,7 @@ MAX_TRANSACTION_SECONDS = 0.02
 # An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
+NOW = db_now()  # made once: it takes as long as SQLite takes for a statement
 BY_READ = "confirmed by a read of the task"
 OTHERWISE = f"{NOT_BELIEVED}: a read of the task found otherwise"
 KNOWN = "says what is known of the task already"
@@ -199,7 +200,7 @@ class DeliveryApplier:
             if done and time.monotonic() > end:
                 break
             verdict, due_in = self._apply(session, row, report), None
-            values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}
+            values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": NOW}
             if verdict.state is CallbackState.UNMATCHED and isinstance(report, Report):
                 values |= {"external_task_id": report.external_task_id, "provider_task_id": report.provider_task_id}
                 due_in = RECHECK_SECONDS if row.attempts < MAX_RECHECKS else None

@@ -58,11 +58,11 @@ class DueChecks:
         self._alone = {lane.name + ALONE: claims.any_due(lane.model, where=lane.where, alone=True) for lane in lanes}
         self._statements = [_any_of(*asked.values()) for asked in (self._usual, self._usual | self._alone)]
 
-    def is_any(self, name: str, wake_up: int | None) -> bool:
-        """`name`: of a lane or of one of `more`. `wake_up`: its number, from 1; None: check now."""
+    def is_any(self, name: str, wake_up: int) -> bool:
+        """`name`: of a lane or of one of `more`. `wake_up`: its number, from 1."""
         with self._lock:
             self._check_once(wake_up)
-            is_due = None if wake_up is None else self._found.pop(name, None)
+            is_due = self._found.pop(name, None)
         if is_due is None:
             with self._database.autocommit_reader() as connection:
                 return connection.execute(self._usual[name]).first() is not None

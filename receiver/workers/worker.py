@@ -150,8 +150,8 @@ class Worker:
             while True:
                 checked = self._wake_ups.next_number()
                 self._due_checks.check(checked)
-                for lane in self._lanes:
-                    rows, grant = self._claim_granted(lane, lane.batch(), checked)
+                for lane in self._due_checks.lanes:  # no other row is in hand, so no lane beside slow files has work
+                    rows, grant = self._claim_granted(lane, 1, checked)
                     if rows:
                         self._work(lane, rows, grant)
                         count += len(rows)
@@ -164,8 +164,8 @@ class Worker:
         with background_thread("renew", self._renew):
             return self._work_on_quarantined()
 
-    def _claim_granted(self, lane: Lane, wanted: int, wake_up: int | None = None) -> tuple[list[Any], Grant]:
-        """Claim up to `wanted` due rows if the circuit permits. The grant ends with the work on them."""
+    def _claim_granted(self, lane: Lane, batches: int, wake_up: int) -> tuple[list[Any], Grant]:
+        """Claim the due rows of that many batches if the circuit permits. The grant ends with the work on them."""
         if lane.beside is not None:
             conditions = lane.beside(self._in_hand.lasting(lane.model, LASTING_SECONDS))
             if conditions is None:
@@ -177,7 +177,7 @@ class Worker:
             with self._database.read() as session:
                 if not lane.slots.is_any_next(session):
                     return [], NOTHING
-        grant, rows = lane.circuit.grant(wanted), list[Any]()
+        grant, rows = lane.circuit.grant(batches * lane.batch()), list[Any]()
         try:
             rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else rows
         finally:
@@ -249,7 +249,7 @@ class Worker:
         if not room or self._stop.is_set():
             return [], NOTHING
         try:
-            rows, grant = self._claim_granted(lane, room * lane.batch(), wake_up)
+            rows, grant = self._claim_granted(lane, room, wake_up)
             return lane.batches_of(rows), grant
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", lane=lane.name, error=str(error))

@@ -118,7 +118,7 @@ class Bucket(StoredObjects):
         described = {name: header_text(value) for name, value in metadata.items()} | {"sha256": sha256}
         own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": described}
         condition = {"IfNoneMatch": "*"} if conditional else {}
-        put = Put(key, file, sha256, size, {**self._put_options.arguments(), **own}, condition)
+        put = Put(key, file, sha256, size, self._put_options.arguments() | own, condition)
         # The key is looked up first where the put alone does not decide: a store refuses a multipart upload only after
         # all parts have been sent. A store that loses its conditional writes after a probe overwrites until the next.
         decides = conditional and can.believed and not in_parts
@@ -138,8 +138,7 @@ class Bucket(StoredObjects):
                     raise StoreUnavailable(words) from None
                 time.sleep(pause)
         is_certain = conditional and not in_parts
-        is_proven = self._is_proof(evidence) and (is_certain or self._is_there(put, evidence))
-        if not is_proven:
+        if not (self._is_proof(evidence) and (is_certain or self._is_there(put, evidence))):
             self._verify_by_reading(put, evidence)
         return True
 
@@ -196,10 +195,10 @@ class Bucket(StoredObjects):
         checksum_agrees = evidence.checksum_agrees
         if checksum_agrees is None:  # a missing checksum counts only from a store that sent none in the probe either
             checksum_agrees = can.proof == "md5" or not can.returns_checksum
-        if can.proof != "read" and not (checksum_agrees and etag_agrees):
-            checksum, etag = evidence.checksum_agrees, evidence.etag_agrees
-            log.warning("store.doubted", bucket=self.name, checksum=checksum, etag=etag)
-        return can.proof != "read" and checksum_agrees and etag_agrees
+        agrees = checksum_agrees and etag_agrees
+        if can.proof != "read" and not agrees:
+            log.warning("store.doubted", bucket=self.name, checksum=evidence.checksum_agrees, etag=evidence.etag_agrees)
+        return can.proof != "read" and agrees
 
     def _put_whole(self, put: Put) -> Evidence:
         """Send the file in one request of our own. boto3 repeats it after any response that is not plain success."""
@@ -208,7 +207,8 @@ class Bucket(StoredObjects):
         # an MD5 takes 4 ms of CPU for 3 MB
         md5 = None if is_proven else checksums.md5_of(put.file, put.sha256 if can.proof == "md5" else None)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
-        arguments = {**put.options, **put.condition, **self._md5_header(md5), "ChecksumSHA256": checksum}
+        md5_header = {} if md5 is None else self._md5_header(md5)
+        arguments = {**put.options, **put.condition, **md5_header, "ChecksumSHA256": checksum}
         with self._errors(put.size, creates=True):
             signed = self._signed_requests()
             if signed is not None:
@@ -228,9 +228,9 @@ class Bucket(StoredObjects):
         with self._errors(put.size, creates=True):
             return multipart.upload(self._client(), self.name, put, self._md5_header)
 
-    def _md5_header(self, md5: str | None) -> Mapping[str, str]:
+    def _md5_header(self, md5: str) -> Mapping[str, str]:
         """The MD5, for a store that gets no SHA-256 or does not check it."""
-        if md5 is None or (self._sends_checksums and self.capabilities().proof != "md5"):
+        if self._sends_checksums and self.capabilities().proof != "md5":
             return {}
         return {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
 

@@ -29,20 +29,24 @@ class PutOptions:
     lock_days: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     cache_control: str | None = None
+    _constant: dict[str, Any] = field(init=False, repr=False, compare=False)  # arguments of every put
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments for boto3's `put_object` and `create_multipart_upload`."""
-        until = datetime.now(UTC) + timedelta(days=self.lock_days) if self.lock_days else None
+    def __post_init__(self) -> None:
         values = {
             "StorageClass": self.storage_class,
             "ServerSideEncryption": self.sse,
             "SSEKMSKeyId": self.kms_key_id,
             "ObjectLockMode": self.lock_mode,
-            "ObjectLockRetainUntilDate": until,
             "Tagging": urlencode(self.tags) or None,
             "CacheControl": self.cache_control,
         }
-        return {name: value for name, value in values.items() if value is not None}
+        object.__setattr__(self, "_constant", {name: value for name, value in values.items() if value is not None})
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments for boto3's `put_object` and `create_multipart_upload`."""
+        if not self.lock_days:
+            return self._constant
+        return self._constant | {"ObjectLockRetainUntilDate": datetime.now(UTC) + timedelta(days=self.lock_days)}
 
 
 @dataclass(frozen=True)

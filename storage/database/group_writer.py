@@ -175,16 +175,11 @@ class GroupWriter:
                 _call(tell, is_committed=False)
                 if isinstance(error, SessionReplaced) and not has_new_session:
                     has_new_session = True
-                    continue
-                waits = _is_about_a_lock(error)
-                failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
-                if not failed:
+                elif failed := _failed(error, group, at_fault):
+                    group = [write for write in group if write not in failed]
+                else:
                     self._log_fault(error)
                     at_end = _nothing
-                for write in failed:
-                    if write.begins():
-                        write.durable.set_exception(_Waits() if waits else error)
-                group = [write for write in group if write not in failed]
             else:
                 for write, result in done.items():
                     write.durable.set_result(result)
@@ -196,6 +191,16 @@ class GroupWriter:
         if not _is_about_a_lock(error) and time.monotonic() > self._fault_at + FAULT_SECONDS:
             self._fault_at = time.monotonic()
             log.error("worker.step_failed", job="group_end", exc_info=error)
+
+
+def _failed(error: BaseException, group: list[_Write], at_fault: list[_Write]) -> list[_Write]:
+    """Tell the callers of the operations that this error ends. Returns these operations."""
+    waits = _is_about_a_lock(error)
+    failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
+    for write in failed:
+        if write.begins():
+            write.durable.set_exception(_Waits() if waits else error)
+    return failed
 
 
 def _call(tell: Callable[[bool], None] | None, *, is_committed: bool) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import errno
 import ssl
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 from urllib.parse import urljoin
 
 import httpcore
@@ -43,6 +42,8 @@ MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Errors after which a transfer is resumed.
 BROKEN = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
+# Errors of httpcore and of the disk, which become ours.
+FAULTS = (*BROKEN, httpcore.ProtocolError, httpcore.UnsupportedProtocol, OSError)
 # Each try must receive some bytes. A network that ends every connection after 13 MB still carries 256 MiB.
 MAX_RESUMES = 20
 # 404 and 410 too: hosts answer so for signed URLs of removed objects.
@@ -142,10 +143,13 @@ class Fetcher:
             min_bytes_per_second=self._min_bytes_per_second,
             wait_seconds=self._wait_seconds,
         )
-        with connection.with_deadline(deadline), _our_errors():
-            target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
+        try:
+            with connection.with_deadline(deadline):
+                target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
             media = media_types.inspect(sink, accept_unverified=accept_unverified)
             sink.seek(0)
+        except FAULTS as error:
+            _raise_ours(error)
         return Fetched(
             **{**vars(media), "notes": tuple(dict.fromkeys((*body.notes, *media.notes)))},
             size=body.size,
@@ -235,18 +239,14 @@ def retry_after(value: str, now: datetime) -> float | None:
     return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds > 0 else None
 
 
-@contextmanager
-def _our_errors() -> Iterator[None]:
-    """Translate errors of httpcore and the disk. The text of a protocol error may quote a header and is dropped."""
-    try:
-        yield
-    except httpcore.TimeoutException as error:
+def _raise_ours(error: Exception) -> NoReturn:
+    """Translate one of FAULTS. The text of a protocol error may quote a header and is dropped."""
+    if isinstance(error, httpcore.TimeoutException):
         raise FetchInterrupted(f"timed out ({type(error).__name__})") from error
-    except httpcore.NetworkError as error:
+    if isinstance(error, httpcore.NetworkError):
         raise FetchInterrupted(f"connection broke: {str(error)[:200]}") from error
-    except (httpcore.ProtocolError, httpcore.UnsupportedProtocol):
+    if not isinstance(error, OSError):
         raise FetchInterrupted("the response broke off") from None
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise DiskFull("the disk of the spool folder is full; free space there") from error
-        raise
+    if error.errno in NO_ROOM:
+        raise DiskFull("the disk of the spool folder is full; free space there") from error
+    raise error

@@ -125,17 +125,23 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
 
 def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:
     """Insert a dispatch for every event that an enabled sink wants, in the order of the events."""
-    disabled = {row.name for row in execute(session, _DISABLED).rows}
-    wanting = [each for each in subscriptions if each.sink not in disabled]
-    of_clients = [each.names for each in wanting if each.of_clients]
+    of_clients = [each.names for each in subscriptions if each.of_clients]
     asked = {task_id for _, _, name, task_id in numbered if task_id and any(name in names for names in of_clients)}
     clients = set(run(session, _WITH_CLIENT, {"asked": list(asked)}).scalars()) if asked else set()
     wanted = [
         (each.sink, event_id, task_id)
         for _, event_id, name, task_id in numbered
-        for each in wanting
+        for each in subscriptions
         if name in each.names and (not each.of_clients or task_id in clients)
     ]
+    if wanted:
+        _insert_dispatches(session, wanted)
+
+
+def _insert_dispatches(session: Session, wanted: Sequence[tuple[str, int, uuid.UUID | None]]) -> None:
+    """Insert these dispatches (sink, event, task), but none of a disabled sink."""
+    disabled = {row.name for row in execute(session, _DISABLED).rows}
+    wanted = [each for each in wanted if each[0] not in disabled]
     if not wanted:
         return
     occupied = _open_chains(session, {task_id for _, _, task_id in wanted if task_id})
