@@ -33,7 +33,7 @@ class Forked:
     `out` and `err` are appended to; `given` is its standard input. `module`: another program than `receiver`, as after
     `python -m`. `constants`: values that it has in place of a module's own, by "module:NAME". `strict`: a warning is an
     error. `leads`: it is the first of a process group of its own. `forks_supervisor`: False: as `receiver serve` it
-    starts its supervisor afresh. `max_file_bytes`: the size of the largest file that it may write (RLIMIT_FSIZE).
+    starts its supervisor afresh. `limits`: soft and hard limits of resources, by RLIMIT_ number.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Forked:
         strict: bool = False,
         leads: bool = False,
         forks_supervisor: bool = True,
-        max_file_bytes: int | None = None,
+        limits: Mapping[int, tuple[int, int]] | None = None,
     ) -> None:
         self.args = [module, *words]
         files = [str(given), str(out), str(err or out)]
         supervises = forks_supervisor and words[:1] == ("serve",) and variables.get("RECEIVER_WORKERS") != "0"
-        rest = (module, dict(constants or {}), strict, leads, supervises and module == "receiver", max_file_bytes)
+        rest = (module, dict(constants or {}), strict, leads, supervises and module == "receiver", dict(limits or {}))
         self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files, *rest))
         self._process.start()
         self._reading = threading.Lock()  # the fork server returns the exit code once: a second reader would get 255
@@ -115,7 +115,7 @@ def _become(
     strict: bool,
     leads: bool,
     supervises: bool,
-    max_file_bytes: int | None,
+    limits: dict[int, tuple[int, int]],
 ) -> None:
     """In the child: run `receiver words…`, or another program."""
     if leads:
@@ -127,8 +127,8 @@ def _become(
     for number, (file, flag) in enumerate(zip(files, flags, strict=True)):
         os.dup2(os.open(file, flag, 0o600), number)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for the process's life
-    if max_file_bytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+    for number, both in limits.items():
+        resource.setrlimit(number, both)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

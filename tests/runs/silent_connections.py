@@ -24,12 +24,13 @@ CALLBACKS, TIMES_DESCRIPTORS, MORE_BETWEEN = 100, 4, 4
 def run(folder: Path, *, descriptors: int, connections: int, database_url: str) -> tuple[list[int], list[float]]:
     """Statuses (0: the connection was reset) and seconds of CALLBACKS callbacks, each on a connection of its own."""
     folder.mkdir()
-    settings = {"RECEIVER_DATABASE_URL": database_url or f"sqlite:///{folder}/receiver.db"}
+    url = database_url or f"sqlite:///{folder}/receiver.db"
+    settings = {"RECEIVER_DATABASE_URL": url, "RECEIVER_MIGRATE_ON_START": "true"}
+    both = (descriptors, descriptors)  # the soft and the hard limit
     statuses: list[int] = []
     seconds: list[float] = []
-    limits = f"ulimit -n {descriptors}"
     with (
-        serving(folder, limits=limits, RECEIVER_MIGRATE_ON_START="true", **settings) as (port, _),
+        serving(folder, descriptors=both, **settings) as (port, _),
         silent(port) as more,
     ):
         more(connections)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import ssl
 import subprocess
@@ -166,7 +167,7 @@ def test_database_file_that_may_not_grow_is_named_with_the_remedy(receiver: Comm
     out, err = tmp_path / "out", tmp_path / "err"
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     variables = {**rest, **receiver.variables, "COLUMNS": "80"}
-    process = Forked(("check",), variables, tmp_path, out=out, err=err, max_file_bytes=4_096)
+    process = Forked(("check",), variables, tmp_path, out=out, err=err, limits={resource.RLIMIT_FSIZE: (4_096, 4_096)})
     code = process.wait(60)
     says = only_fault(Done(code, out.read_text(), err.read_text()))
     assert "cannot be used" in says and "check that it runs, may be written and has room" in says

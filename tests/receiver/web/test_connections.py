@@ -8,8 +8,6 @@ import os
 import re
 import resource
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -27,6 +25,7 @@ from pydantic import SecretStr
 from receiver.app.process import RESERVED_DESCRIPTORS, web_config
 from receiver.base.tokens import Tokens
 from receiver.web import http_protocol, reader_speed
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port
 from tests.receiver.web.test_http_protocol import GET, read_to_end, send_all
@@ -38,10 +37,10 @@ PIPELINING = 20
 
 
 @contextmanager
-def serving(folder: Path, *, limits: str = "true", **more: str) -> Iterator[tuple[int, int]]:
+def serving(folder: Path, *, descriptors: tuple[int, int] | None = None, **more: str) -> Iterator[tuple[int, int]]:
     """`receiver serve` in a process of its own, without workers: its port and its process id.
 
-    `limits`: shell words; `more`: settings.
+    `descriptors`: its soft and its hard limit of them; `more`: settings.
     """
     port, log = free_port(), folder / "log"
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
@@ -50,13 +49,14 @@ def serving(folder: Path, *, limits: str = "true", **more: str) -> Iterator[tupl
         "RECEIVER_PORT": str(port), "RECEIVER_S3_BUCKET": "unused", "RECEIVER_WORKERS": "0",
         **more,
     }  # fmt: skip
-    command = ["sh", "-c", f"{limits} && exec {sys.executable} -m receiver serve"]
-    with log.open("wb") as written, subprocess.Popen(command, env={**rest, **settings}, stderr=written) as server:
-        try:
-            wait_until(lambda: b"web.started" in log.read_bytes(), seconds=60)
-            yield port, server.pid
-        finally:
-            server.kill()
+    limits = {resource.RLIMIT_NOFILE: descriptors} if descriptors else None
+    server = Forked(("serve",), {**rest, **settings}, folder, out=log, limits=limits)
+    try:
+        wait_until(lambda: log.exists() and b"web.started" in log.read_bytes(), seconds=60)
+        yield port, server.pid
+    finally:
+        server.kill()
+        server.wait(20)
 
 
 def peak_kib(pid: int) -> int:
@@ -231,7 +231,7 @@ def logged(folder: Path, event: str) -> list[dict[str, Any]]:
 
 @ON_LINUX
 def test_deliveries_are_stored_beside_more_silent_connections_than_descriptors(tmp_path: Path) -> None:
-    with serving(tmp_path, limits="ulimit -n 256") as (port, pid), silent(port) as more:
+    with serving(tmp_path, descriptors=(256, 256)) as (port, pid), silent(port) as more:
         more(4 * 256)
         for number in range(100):
             more(4)
@@ -245,6 +245,6 @@ def test_deliveries_are_stored_beside_more_silent_connections_than_descriptors(t
 @ON_LINUX
 def test_soft_limit_of_descriptors_is_raised_to_what_connections_need(tmp_path: Path) -> None:
     needed = http_protocol.MAX_CONNECTIONS + RESERVED_DESCRIPTORS
-    with serving(tmp_path, limits=f"ulimit -Sn 256 && ulimit -Hn {needed}") as (_, pid):
+    with serving(tmp_path, descriptors=(256, needed)) as (_, pid):
         assert re.search(rf"Max open files +{needed} ", Path(f"/proc/{pid}/limits").read_text())
     assert logged(tmp_path, "start.descriptors_limited") == []
