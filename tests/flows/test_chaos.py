@@ -83,6 +83,7 @@ def test_no_delivery_is_answered_before_its_commit(parts: Parts, web: Web) -> No
     assert answer.status_code == 200
 
 
+@pytest.mark.databases("sqlite")
 def test_earlier_outage_does_not_count_as_a_try_of_a_damaged_download(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 1)
     sandbox.set(cdn_faults=["503"] * 4 + ["truncated_silent"])

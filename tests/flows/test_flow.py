@@ -157,6 +157,7 @@ def test_a_recorded_callback_is_applied(name: str, web: Web, parts: Parts) -> No
 FAILED_ID = "e41f5b8d-7c0d-4b0b-b0a5-5b8f0d5f7d90"
 
 
+@pytest.mark.databases("sqlite")
 def test_a_recorded_failure_is_read_before_it_is_believed(web: Web, parts: Parts) -> None:
     task = insert_row(parts, external_task_id=FAILED_ID)
     assert receive(web, parts, task, payload("callback-failed")).status_code == 200
@@ -170,6 +171,7 @@ def test_a_recorded_failure_is_read_before_it_is_believed(web: Web, parts: Parts
     assert found.due_at is not None and task.due_at is not None and found.due_at < task.due_at
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("changes", [{"confirm": "never"}])
 def test_a_recorded_failure_is_applied(web: Web, parts: Parts) -> None:
     task = insert_row(parts, external_task_id=FAILED_ID)
@@ -179,6 +181,7 @@ def test_a_recorded_failure_is_applied(web: Web, parts: Parts) -> None:
     assert (found.archive, found.due_at, rows(parts, task)) == (ArchiveState.NONE, None, [])
 
 
+@pytest.mark.databases("sqlite")
 def test_test_callback_of_the_providers_console_ends_unmatched(web: Web, parts: Parts) -> None:
     assert receive(web, parts, None, payload("console-test-callback")).status_code == 200
     (callback,) = callbacks_of(parts)
@@ -188,6 +191,7 @@ def test_test_callback_of_the_providers_console_ends_unmatched(web: Web, parts: 
 # The recorded answers of the API; tests/receiver/sandbox/test_sandbox.py compares the sandbox's answers with them.
 
 
+@pytest.mark.databases("sqlite")
 def test_an_accepted_create_leaves_a_submitted_row(parts: Parts, sandbox: Sandbox) -> None:
     task = parts.submitter.submit(PLAIN, external_task_id="one").task
     assert (task.state, task.step, task.lease) == (TaskState.SUBMITTED, Step.READ, None)
@@ -212,6 +216,7 @@ def create_directly(sandbox: Sandbox, external_task_id: str) -> None:
     httpx.post(f"{sandbox.url}/v1/images/omni-image", json=body, headers=headers).raise_for_status()
 
 
+@pytest.mark.databases("sqlite")
 def test_an_id_that_exists_already_is_refused_when_the_task_is_older_than_our_row(
     parts: Parts, sandbox: Sandbox
 ) -> None:
@@ -291,8 +296,12 @@ def finish(parts: Parts, external_task_id: str) -> Task:
 
 
 # The rows are tested on both databases, the provider and its file hosts on one.
-ON_BOTH = ("single", "four", "series with watermark", "series as images", "duplicated and reordered", "first urls dead")
-RUNS = [(name, "sqlite") for name in FLOWS] + [(name, "postgresql") for name in ON_BOTH]
+ON_BOTH = ("single", "four", "series as images", "duplicated and reordered", "first urls dead")
+RUNS = [
+    *((name, "sqlite") for name in FLOWS),
+    ("series with watermark", "postgresql"),
+    *(pytest.param(name, "postgresql", marks=pytest.mark.databases("sqlite")) for name in ON_BOTH),
+]
 
 
 @pytest.mark.parametrize(("name", "database_kind"), RUNS)
@@ -311,6 +320,7 @@ def ended(sandbox: Sandbox, external_task_id: str) -> bool:
     return sandbox.ledger().task(external_task_id).status in ("succeed", "failed")
 
 
+@pytest.mark.databases("sqlite")
 def test_a_task_whose_callbacks_never_come_is_read(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     parts.submitter.submit({**PLAIN, "prompt": "a boat [drop]"}, external_task_id="silent")
     wait_until(lambda: ended(sandbox, "silent"))

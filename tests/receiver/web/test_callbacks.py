@@ -255,6 +255,7 @@ def test_a_badly_signed_delivery_is_401_kept_and_causes_a_read(case: str, web: W
     assert found.due_at is not None and found.due_at <= parts.database.now()
 
 
+@pytest.mark.databases("sqlite")
 @SIGNED
 def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
@@ -264,6 +265,7 @@ def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: P
     assert event_names(parts.database, task).count("callback.rejected") == 20
 
 
+@pytest.mark.databases("sqlite")
 @SIGNED
 def test_refused_deliveries_beyond_those_kept_cost_neither_a_read_nor_a_write(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
@@ -653,6 +655,7 @@ def is_due(parts: Parts, task: Task) -> bool:
     return due_at is not None and due_at <= datetime.now(UTC)
 
 
+@pytest.mark.databases("sqlite")
 def test_a_task_with_too_many_deliveries_is_read_instead(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -702,6 +705,7 @@ def test_delivery_is_answered_503_during_a_database_outage_and_200_later(
     assert len(callbacks_of(parts)) == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_the_reads_that_a_full_task_causes_are_bounded(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_commit, "COUNT_FROM", 1)
     monkeypatch.setattr(group_commit, "MAX_KEPT_PER_TASK", 1)
@@ -742,6 +746,7 @@ def test_bug_is_503_and_reveals_nothing(web: Web, parts: Parts) -> None:
 # -- health ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 def test_ready_says_ok_with_a_worker_and_degraded_without(web: Web, parts: Parts) -> None:
     ready = httpx.get(f"{web.url}/readyz")
     assert (ready.status_code, ready.json()) == (200, {"status": "degraded"})
@@ -750,6 +755,7 @@ def test_ready_says_ok_with_a_worker_and_degraded_without(web: Web, parts: Parts
     wait_until(lambda: httpx.get(f"{web.url}/readyz?strict=1").json() == {"status": "ok"})
 
 
+@pytest.mark.databases("sqlite")
 @WATCHED
 @pytest.mark.parametrize(("schema", "words"), [("0000", "behind"), ("9999", "newer than this version")])
 def test_a_schema_of_another_version_is_not_ready(web: Web, parts: Parts, schema: str, words: str) -> None:

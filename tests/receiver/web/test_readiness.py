@@ -43,6 +43,7 @@ def deliver(web: Web, parts: Parts, task: Task) -> int:
     ).status_code
 
 
+@pytest.mark.databases("sqlite")
 def test_eight_callers_check_the_database_once_a_second(web: Web, parts: Parts) -> None:
     checks: list[float] = []
 

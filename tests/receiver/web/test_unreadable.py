@@ -64,6 +64,7 @@ def test_an_unreadable_delivery_that_comes_again_causes_a_read_again(web: Web, p
     assert [row.state for row in callbacks_of(parts) if row.source == "push"] == [CallbackState.UNREADABLE]
 
 
+@pytest.mark.databases("sqlite")
 def test_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     task = submitted(parts, sandbox)
     before = reads(parts, sandbox)
@@ -74,6 +75,7 @@ def test_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts: Parts, sa
     assert reads(parts, sandbox) == before + deliveries.UNREADABLE_READS
 
 
+@pytest.mark.databases("sqlite")
 def test_repeats_within_seconds_share_one_read(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
     deliver(web, parts, task)
@@ -86,6 +88,7 @@ def test_repeats_within_seconds_share_one_read(web: Web, parts: Parts) -> None:
     assert run(parts, "callbacks") == 0
 
 
+@pytest.mark.databases("sqlite")
 def test_repeat_of_a_readable_delivery_writes_nothing(web: Web, parts: Parts) -> None:
     task, written = insert_row(parts), list[str]()
     body = b'{"task_id": "901", "task_status": "processing"}'

@@ -46,6 +46,7 @@ def claimed(database: Database) -> int:
         return session.exec(select(func.count()).where(col(Asset.lease).is_not(None))).one()
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("patient")
 def test_few_rows_are_claimed_ahead_and_given_back_at_the_end(database: Database, desk: Desk) -> None:
     """Giving back counts no attempt, and the row's losses stay."""
@@ -63,6 +64,7 @@ def test_few_rows_are_claimed_ahead_and_given_back_at_the_end(database: Database
     assert all(row["due_at"] <= database.now() for row in left)
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("patient")
 def test_idle_thread_begins_a_row_at_once_while_none_can_be_claimed(database: Database, desk: Desk) -> None:
     desk.gate.clear()
@@ -87,6 +89,7 @@ def test_idle_thread_begins_a_row_at_once_while_none_can_be_claimed(database: Da
         may_end.set()
 
 
+@pytest.mark.databases("sqlite")
 def test_row_that_would_wait_behind_slow_work_goes_to_another_worker(
     database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_row_that_would_wait_behind_slow_work_goes_to_another_worker(
     assert len(desk.done) == THREADS
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("patient")
 def test_nothing_is_claimed_ahead_while_no_rows_queue_up(database: Database, desk: Desk) -> None:
     """The last claim found less than it wanted, so the next rows are for any idle worker."""

@@ -70,6 +70,7 @@ def test_worker_at_rest_checks_less_often_and_keeps_one_connection(database: Dat
     assert found[0] <= found[1] / worker.REST_SECONDS + 4
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("rests")
 def test_timers_of_a_worker_at_rest_are_few(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wake-up of a thread costs about as much as the check that then finds nothing."""

@@ -47,6 +47,7 @@ def settles_at(check: Callable[[], int], count: int) -> None:
         wait_until(lambda: check() > count, seconds=0.3)
 
 
+@pytest.mark.databases("sqlite")
 def test_other_rows_begin_while_commits_are_waited_for(database: Database, desk: Desk) -> None:
     assets, commits = new_assets(database, 7), Commits(desk, many=7, most_lent=3)
     with running(database, commits.lane()):
@@ -56,6 +57,7 @@ def test_other_rows_begin_while_commits_are_waited_for(database: Database, desk:
     assert sorted(desk.done) == sorted(asset.id for asset in assets)
 
 
+@pytest.mark.databases("sqlite")
 def test_at_most_as_many_rows_are_in_work_as_there_are_threads(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     assets, commits = new_assets(database, 7), Commits(desk, many=1, most_lent=4)
@@ -67,6 +69,7 @@ def test_at_most_as_many_rows_are_in_work_as_there_are_threads(database: Databas
         wait_until(lambda: len(desk.done) == len(assets))
 
 
+@pytest.mark.databases("sqlite")
 def test_row_that_waits_for_a_place_goes_to_another_worker(
     database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +86,7 @@ def test_row_that_waits_for_a_place_goes_to_another_worker(
     assert len(desk.done) == 2 + THREADS
 
 
+@pytest.mark.databases("sqlite")
 def test_a_worker_that_stops_waits_for_lent_rows(database: Database, desk: Desk) -> None:
     new_assets(database, 3)
     commits = Commits(desk, many=3, most_lent=1)

@@ -108,6 +108,7 @@ def test_lanes_take_only_their_own_step(database: Database, desk: Desk) -> None:
     assert sorted(desk.done) == sorted(reads)
 
 
+@pytest.mark.databases("sqlite")
 def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 1.0)
     other = heartbeats.register(database, 1)
@@ -124,6 +125,7 @@ def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk, m
         wait_until(lambda: not waiting(database))
 
 
+@pytest.mark.databases("sqlite")
 def test_second_process_shares_the_threads_from_its_first_claim(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     heartbeats.register(database, 4)
@@ -162,6 +164,7 @@ def test_lane_with_batches_takes_rows_in_batches(database: Database, desk: Desk)
     assert desk.batches == [5, 5]  # a single row goes to `work`
 
 
+@pytest.mark.databases("sqlite")
 def test_batches_are_spread_over_the_threads(database: Database, desk: Desk) -> None:
     new_assets(database, 10)
     with running(database, assets_lane(desk.work, 2, work_many=desk.work_many, batch=lambda: 5)):
@@ -193,6 +196,7 @@ def test_leases_are_renewed_during_work_and_while_draining(database: Database, d
     assert desk.done == [asset.id]
 
 
+@pytest.mark.databases("sqlite")
 def test_row_that_outlives_the_grace_time_is_released(database: Database, desk: Desk) -> None:
     """A released row is due at once, so that no worker waits for its lease, and the attempt is not counted."""
     desk.gate.clear()
@@ -207,6 +211,7 @@ def test_row_that_outlives_the_grace_time_is_released(database: Database, desk: 
     assert desk.done == []  # the claim was lost by then
 
 
+@pytest.mark.databases("sqlite")
 def test_row_claimed_again_while_its_old_claim_ends_is_still_in_hand(database: Database, desk: Desk) -> None:
     """A report takes a claim away and makes the row due. One worker may then hold the row twice."""
     (asset,) = new_assets(database, 1)
@@ -232,6 +237,7 @@ def test_row_claimed_again_while_its_old_claim_ends_is_still_in_hand(database: D
     second_may_end.set()
 
 
+@pytest.mark.databases("sqlite")
 def test_row_that_meets_a_bug_is_retried_later_and_others_continue(database: Database, desk: Desk) -> None:
     bad, good = new_assets(database, 2)
 
@@ -268,6 +274,7 @@ def test_run_until_idle_renews_leases(database: Database, desk: Desk) -> None:
     assert Worker(database, [assets_lane(work)], lease_seconds=1.5, grace_seconds=0).run_until_idle() == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_renewal_continues_after_an_unexpected_error(
     database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +331,7 @@ def test_rows_unsettled_while_the_database_was_down_are_released(
     assert sorted(desk.done) == sorted(asset.id for asset in assets)
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("s3_environment")
 def test_unreachable_bucket_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
     away = Bucket("away", endpoint_url="http://127.0.0.1:9")

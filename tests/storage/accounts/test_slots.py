@@ -401,7 +401,7 @@ class Crowd:
         self._claim()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(1, marks=pytest.mark.databases("sqlite")), 2])
 def test_slots_held_never_exceed_the_limit(database: Database, seed: int) -> None:
     crowd = Crowd(database, seed)
     crowd.run(workers=4, steps=12)

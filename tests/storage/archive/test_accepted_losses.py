@@ -176,6 +176,7 @@ def test_export_lists_an_accepted_loss_and_no_fault(parts: Parts, tmp_path: Path
     assert [each for each, _ in damaged.faults] == [key] and damaged.accepted == []
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_continuous_audit_ends_the_alarm_at_once_and_lists_no_fault_again(parts: Parts) -> None:
     task = with_manifests(parts, 2)

@@ -98,6 +98,7 @@ def put(parts: Parts, key: str, content: bytes) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_archived_asset_row_describes_its_object(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_assets(parts, sandbox)
@@ -213,6 +214,7 @@ def test_a_row_that_ended_six_workers_is_parked(parts: Parts, sandbox: Sandbox) 
     assert (hits(sandbox), task_of(parts, "task").archive) == (0, ArchiveState.INCOMPLETE)
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_a_suspect_that_lets_its_worker_live_is_archived(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
@@ -249,6 +251,7 @@ def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_failed_tries_are_kept_with_their_errors_also_once_the_file_is_archived(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch

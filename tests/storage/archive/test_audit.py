@@ -120,6 +120,7 @@ def test_file_that_the_provider_has_deleted_stays_a_fault(parts: Parts, sandbox:
     assert repair(parts, [finding]) == [FETCHED_AGAIN] and audit(parts, deep=True)[1] == []
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_missing_and_changed_manifests_are_written_again(parts: Parts) -> None:
     gone, broken, foreign = archive(parts, 3)
@@ -135,6 +136,7 @@ def test_missing_and_changed_manifests_are_written_again(parts: Parts) -> None:
     assert str(task_of(parts, broken.external_task_id).manifest_key).endswith("/manifest.2.json")
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_manifest_is_written_again_under_its_key_after_two_repairs(parts: Parts) -> None:
     (task,) = archive(parts, 1)

@@ -121,6 +121,7 @@ def test_export_command_copies_files_and_reports_faults(parts: Parts, receiver: 
 # -- delete -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 @BOTH
 def test_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     gone, stays = archive(parts, 2)

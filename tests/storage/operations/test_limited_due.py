@@ -12,6 +12,7 @@ from storage.states import Step
 from tests.rows import new_task
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("step", Step)
 def test_limited_count_keeps_the_oldest(database: Database, monkeypatch: pytest.MonkeyPatch, step: Step) -> None:
     monkeypatch.setattr(measures, "MAX_DUE", 10)

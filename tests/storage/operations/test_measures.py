@@ -57,6 +57,7 @@ def expiring(parts: Parts, hours: float, asset_state: AssetState = AssetState.DU
 # -- deadlines --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 def test_deadline_is_announced_once_hours_before(parts: Parts) -> None:
     near, past, far = (expiring(parts, hours) for hours in (5, -1, 7))
     done = expiring(parts, 5, AssetState.ARCHIVED)
@@ -121,6 +122,7 @@ def age(parts: Parts, *, minutes: int) -> None:
             task.end_called_back_at = task.end_called_back_at and task.end_called_back_at - earlier
 
 
+@pytest.mark.databases("sqlite")
 def test_unverified_callback_is_not_counted_as_lost(unpaced: Parts, sandbox: Sandbox) -> None:
     (task,) = submit(unpaced, 1, prompt="[fail]")
     wait_until(lambda: sandbox.ledger().tasks[0].status == "failed")
@@ -153,6 +155,7 @@ def test_every_measure_has_its_gauge(parts: Parts) -> None:
     }
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_each_event_is_counted_once_over_all_scrapes(web: Web, parts: Parts) -> None:
     def scrape() -> dict[str, int]:
@@ -198,6 +201,7 @@ def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -
         session.add(Dispatch(sink=sink, event_id=fact.id, state=state, created_at=then))
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("changes", [{"kling_slots": 20}])
 def test_slots_and_queue_are_measured_per_account(parts: Parts) -> None:
     queued(parts, held=3, waiting=2)
@@ -209,6 +213,7 @@ def test_slots_and_queue_are_measured_per_account(parts: Parts) -> None:
     assert show.summary(found).startswith("0 due · kling: 6 of 5 slots held, 2 tasks wait · ")
 
 
+@pytest.mark.databases("sqlite")
 def test_account_without_a_limit_is_measured_from_its_rows(parts: Parts) -> None:
     assert measured(parts).accounts == {}
     queued(parts, held=1, waiting=1)
@@ -216,6 +221,7 @@ def test_account_without_a_limit_is_measured_from_its_rows(parts: Parts) -> None
     assert "kling: 1 tasks wait for slots" in show.summary(measured(parts))
 
 
+@pytest.mark.databases("sqlite")
 def test_events_are_measured_per_sink(parts: Parts) -> None:
     for sink, state, age in (("a", "due", 60), ("a", "due", 10), ("a", "dead", 90), ("b", "dead", 5), ("b", "due", 5)):
         tell(parts, sink, DispatchState(state), seconds_ago=age)
@@ -229,6 +235,7 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
     assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_events_without_a_number_are_open_and_late_ones_are_a_fault(web: Web, parts: Parts) -> None:
     def ready() -> str:
@@ -331,6 +338,7 @@ def refused_puts(parts: Parts) -> None:
             new_asset(session, task, index, error=error, due_at=parts.database.now() + timedelta(minutes=index + 1))
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_status_and_readiness_count_files_that_wait_for_the_store_or_the_spool(web: Web, parts: Parts) -> None:
     refused_puts(parts)

@@ -96,6 +96,7 @@ def test_pruned_deliveries_stay_counted_for_a_month(database: Database, operator
     assert counted == [3, 0]
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize(
     "values",
     [
@@ -135,6 +136,7 @@ def test_prune_removes_failed_tasks_and_old_unmatched_deliveries(database: Datab
     assert operator.prune(RETENTION).counts["deliveries"] == 2
 
 
+@pytest.mark.databases("sqlite")
 def test_prune_keeps_unnamed_deliveries_while_an_older_task_is_not_over(database: Database, operator: Operator) -> None:
     with database.write() as session:
         session.add(delivery(None))
@@ -158,6 +160,7 @@ def test_prune_continues_batch_by_batch(
     assert left(database)["deliveries"] == 4
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize(("state", "gone"), [(DispatchState.DEAD, 2), (DispatchState.DUE, 1)])
 def test_prune_keeps_an_undelivered_event(
     database: Database, operator: Operator, state: DispatchState, gone: int
@@ -175,6 +178,7 @@ def test_event_numbers_continue_after_prune(database: Database, operator: Operat
         assert (events.after(session, 0, 10), events.newest_seq(session)) == ([], 2)
 
 
+@pytest.mark.databases("sqlite")
 def test_prune_keeps_an_event_without_a_number(database: Database, operator: Operator) -> None:
     old(database)
     with database.write() as session:
@@ -182,6 +186,7 @@ def test_prune_keeps_an_event_without_a_number(database: Database, operator: Ope
     assert operator.prune(RETENTION).counts["events"] == 0
 
 
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("untold", [{Dispatch.state: DispatchState.DUE}, {Event.seq: None}], ids=["on its way", "new"])
 def test_prune_keeps_the_callback_url_until_the_client_was_called(
     database: Database, operator: Operator, untold: dict[Any, Any]
@@ -194,6 +199,7 @@ def test_prune_keeps_the_callback_url_until_the_client_was_called(
     assert stored(database, task)["client_callback_url"] == CLIENT
 
 
+@pytest.mark.databases("sqlite")
 def test_prune_removes_a_callback_url_without_a_request(database: Database, operator: Operator) -> None:
     task = old(database, request={})
     assert operator.prune(RETENTION).counts["requests"] == 1

@@ -273,6 +273,7 @@ def test_neither_a_writing_worker_nor_the_intake_waits_long_for_the_other(databa
     assert max(longest, workers_longest) < 3
 
 
+@pytest.mark.databases("sqlite")
 def test_waiting_deliveries_are_bounded_in_number(
     database: Database, running: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +294,7 @@ def on_disk(database: Database, monkeypatch: pytest.MonkeyPatch, free_share: Cal
         yield intake
 
 
+@pytest.mark.databases("sqlite")
 def test_a_nearly_full_disk_refuses_until_there_is_room_again(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +308,7 @@ def test_a_nearly_full_disk_refuses_until_there_is_room_again(
         assert intake.put(GOOD).result(SECONDS) is Intake.NEW
 
 
+@pytest.mark.databases("sqlite")
 def test_a_nearly_full_disk_is_logged_once_when_it_begins_and_once_when_it_ends(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +324,7 @@ def test_a_nearly_full_disk_is_logged_once_when_it_begins_and_once_when_it_ends(
     ]
 
 
+@pytest.mark.databases("sqlite")
 def test_event_loop_reads_the_free_space_without_touching_the_disk(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +339,7 @@ def test_event_loop_reads_the_free_space_without_touching_the_disk(
     assert len(lookers) == 1 and threading.get_ident() not in lookers
 
 
+@pytest.mark.databases("sqlite")
 def test_failed_check_of_the_disk_refuses_no_delivery(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Counter[str]()
 
@@ -347,6 +352,7 @@ def test_failed_check_of_the_disk_refuses_no_delivery(database: Database, monkey
         assert intake.put(GOOD).result(SECONDS) is Intake.NEW
 
 
+@pytest.mark.databases("sqlite")
 def test_waiting_deliveries_are_bounded_in_bytes(
     database: Database, running: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +364,7 @@ def test_waiting_deliveries_are_bounded_in_bytes(
     assert running.inner._bytes == 0
 
 
+@pytest.mark.databases("sqlite")
 def test_room_is_made_by_commits(database: Database, running: InLoop) -> None:
     with writers_wait(database):
         put = put_until_full(running)
@@ -374,6 +381,7 @@ def put_until_full(running: InLoop, first: int = 0) -> list[Future[Intake]]:
     return put
 
 
+@pytest.mark.databases("sqlite")
 def test_stop_answers_waiting_deliveries_and_refuses_more(database: Database, running: InLoop) -> None:
     with writers_wait(database):
         futures = [running.put(body(number)) for number in range(300)]
@@ -403,6 +411,7 @@ def test_a_database_that_does_not_answer_does_not_hold_up_the_end(
         assert not future.done()
 
 
+@pytest.mark.databases("sqlite")
 def test_a_handler_that_timed_out_does_not_affect_other_deliveries(database: Database, running: InLoop) -> None:
     with writers_wait(database):
         running.put(body(0))
@@ -450,6 +459,7 @@ def test_a_late_delivery_is_freed_once_it_is_committed(
             assert answers([running.put(made.pop())]) == {"TimeoutError": 1}
 
 
+@pytest.mark.databases("sqlite")
 def test_deliveries_that_a_bug_fails_are_freed_at_once(
     running: InLoop, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,6 +475,7 @@ SIGNED = replace(GOOD, webhook_id="w1")
 REJECTED = replace(GOOD, state=CallbackState.REJECTED)
 
 
+@pytest.mark.databases("sqlite")
 def test_a_refused_delivery_never_shadows_the_genuine_one(database: Database, running: InLoop) -> None:
     puts = [REJECTED, GOOD, REJECTED, GOOD]
     assert [running.put(delivery).result(SECONDS) for delivery in puts] == [Intake.NEW] * 2 + [Intake.DUPLICATE] * 2
