@@ -292,8 +292,8 @@ class CreateStep:
         return (self._database.now() - since).total_seconds()
 
     def _missed(self, task: Task) -> None:
-        since = self._age_seconds(task.missed_at) if task.missed_at else None
-        if since is None:
+        since = self._age_seconds(task.missed_at) if task.missed_at else -1.0
+        if since < 0:  # no miss yet, or the clock was set back after it
             wait = max(NOT_FOUND_AGAIN_SECONDS, claims.backoff(task.attempts))  # less often after each lost POST
             self._later(task, "looking up whether it arrived", wait, missed_at=db_now())
         elif since < NOT_FOUND_AGAIN_SECONDS:

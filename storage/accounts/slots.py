@@ -137,11 +137,12 @@ def choose(
 def limit_at(setting: int, lowered: int | None, changed_at: datetime, now: datetime) -> int:
     """The current limit: the one that a refusal set, plus one for every minute since, at most the setting.
 
-    `changed_at` may be later than `now`, if the clock has been set back.
+    If `changed_at` is later than `now`, the clock has been set back since: the setting counts until the next refusal.
     """
-    if lowered is None:
+    age = (now - changed_at).total_seconds()
+    if lowered is None or age < -RAISE_SECONDS:
         return setting
-    return min(setting, lowered + max(0, int((now - changed_at).total_seconds() // RAISE_SECONDS)))
+    return min(setting, lowered + max(0, int(age // RAISE_SECONDS)))
 
 
 class Slots:

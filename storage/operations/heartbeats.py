@@ -23,7 +23,9 @@ FORGET_SECONDS = 86_400.0
 
 _WORKERS = Worker.__table__  # type: ignore[attr-defined]
 _IS_OWN = _WORKERS.c.id == bindparam("own", type_=Uuid)
-_OTHERS = select(func.count()).where(_WORKERS.c.seen_at > db_now_once(-ALIVE_SECONDS), ~_IS_OWN).scalar_subquery()
+# A later time is of a process that died before the clock was set back.
+_IS_ALIVE = _WORKERS.c.seen_at.between(db_now_once(-ALIVE_SECONDS), db_now_once(ALIVE_SECONDS))
+_OTHERS = select(func.count()).where(_IS_ALIVE, ~_IS_OWN).scalar_subquery()
 _BEAT = update(_WORKERS).where(_IS_OWN).values(seen_at=db_now()).returning(_OTHERS)
 
 
@@ -49,8 +51,7 @@ def beat(database: Database, worker_id: uuid.UUID) -> int:
 
 def alive(session: Session) -> Sequence[Worker]:
     """The workers that are alive, the oldest first."""
-    found = select(Worker).where(col(Worker.seen_at) > db_now(-ALIVE_SECONDS))
-    return session.exec(found.order_by(col(Worker.started_at))).all()
+    return session.exec(select(Worker).where(_IS_ALIVE).order_by(col(Worker.started_at))).all()
 
 
 def try_write(database: Database) -> None:
@@ -77,5 +78,4 @@ def count_alive(database: Database) -> int:
 
 
 def _count(session: Session) -> int:
-    alive = select(func.count()).select_from(Worker).where(col(Worker.seen_at) > db_now(-ALIVE_SECONDS))
-    return session.exec(alive).one()
+    return session.exec(select(func.count()).select_from(Worker).where(_IS_ALIVE)).one()

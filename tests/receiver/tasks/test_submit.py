@@ -20,6 +20,7 @@ from receiver.tasks.operate import Operator
 from receiver.tasks.submit import Conflict
 from receiver.tasks.task_view import is_over
 from receiver.workers.worker import Worker
+from storage.rows.claims import BACKOFF_CAP_SECONDS
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until
@@ -262,6 +263,16 @@ def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
     assert (again.state, again.external_task_id) == (TaskState.SUBMITTED, ID)
     assert [body["external_task_id"] for body in creates(sandbox)] == [ID, ID]
     assert len(sandbox.ledger().tasks) == 1
+
+
+@ONE_DATABASE
+def test_a_miss_from_a_clock_that_was_ahead_puts_nothing_off(parts: Parts, sandbox: Sandbox) -> None:
+    submit_with_fault(parts, sandbox, UNCLEAR[0])
+    again = go_on(parts, missed_at=parts.database.now() + timedelta(days=1))
+    assert again.missed_at is not None
+    assert again.missed_at <= parts.database.now()
+    assert due_in(parts, again) <= BACKOFF_CAP_SECONDS
+    assert len(creates(sandbox)) == 1, "the first miss by the right clock"
 
 
 def test_task_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:

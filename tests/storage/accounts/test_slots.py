@@ -100,7 +100,8 @@ def test_lowered_limit_rises_by_one_a_minute_up_to_the_setting() -> None:
     }
     assert after == {0: 15, 59: 15, 60: 16, 239: 18, 9_999: 20}
     assert limit_at(20, None, start, start) == 20
-    assert limit_at(20, 15, start, start - timedelta(hours=1)) == 15, "the clock was set back"
+    assert limit_at(20, 15, start, start - timedelta(seconds=2)) == 15
+    assert limit_at(20, 15, start, start - timedelta(hours=1)) == 20, "the clock was set back"
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import uuid
 
 from sqlmodel import col, update
 
+from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.operations import heartbeats
 from storage.rows.models import Worker
@@ -25,3 +26,13 @@ def test_heartbeat_counts_itself_and_the_others_that_are_alive(database: Databas
 def test_worker_whose_row_is_gone_counts_itself_alone(database: Database) -> None:
     assert heartbeats.beat(database, uuid.uuid4()) == 1
     assert heartbeats.count_alive(database) == 0
+
+
+def test_worker_that_died_while_the_clock_was_ahead_is_not_alive(database: Database) -> None:
+    alive, dead = heartbeats.register(database, 8), heartbeats.register(database, 8)
+    with database.write() as session:
+        session.get_one(Worker, dead).seen_at = db_now(86_400)  # type: ignore[assignment]
+    assert heartbeats.beat(database, alive) == 1
+    assert heartbeats.count_alive(database) == 1
+    with database.read() as session:
+        assert [worker.id for worker in heartbeats.alive(session)] == [alive]
