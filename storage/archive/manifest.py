@@ -157,9 +157,10 @@ class Finisher:
         assets = tasks.assets_read(session, row.id)
         facts = tasks.facts(row, assets)
         archive = states.outcome(facts)
+        is_archived = archive is ArchiveState.ARCHIVED
         waiting = [asset for asset in assets if asset.state is AssetState.DUE]
         fault = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
-        note = _dismissal(assets) or fault or tasks.request_note(row)
+        note = (None if is_archived else _dismissal(assets)) or fault or tasks.request_note(row)
         claims.settle(
             session, claimed, due_in=None, attempts=0, step=None, archive=archive, note=note, manifest_key=written.key,
             manifest_digest=written.digest, manifests=written.number, archived_at=NOW,
@@ -168,8 +169,7 @@ class Finisher:
         fact = {"manifest": written.key, "files": len(facts.assets), "note": fault, "assets": kept}
         if waiting:
             fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
-        archived = archive is ArchiveState.ARCHIVED
-        record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)
+        record(session, EventName.TASK_ARCHIVED if is_archived else EventName.TASK_INCOMPLETE, row.id, fact)
         self._database.wake(session)
         return archive, note
 

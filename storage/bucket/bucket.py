@@ -88,6 +88,10 @@ class Bucket(StoredObjects):
         known = self._capabilities
         if known is not None and time.monotonic() < self._probe_again_at:
             return known
+        return self._probed(known)
+
+    def _probed(self, known: Capabilities | None) -> Capabilities:
+        """Probe, unless another thread does or has. `known`: by the last probe."""
         if not self._probe_lock.acquire(blocking=known is None) and known is not None:
             return known
         try:

@@ -149,7 +149,7 @@ class SignedRequests:
             self._header_names[name]: arguments[name] for name in arguments.keys() - {"Bucket", "Key", "Metadata"}
         }
         for name, value in headers.items():
-            if not isinstance(value, str) or not (value.isascii() and value.isprintable()):
+            if not (isinstance(value, str) and value.isascii() and value.isprintable()):
                 raise UnexpectedResponse(name)
         answer = self._send("PUT", arguments["Key"], headers, sha256, file, size)
         if answer.status == 409:

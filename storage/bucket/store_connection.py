@@ -151,15 +151,19 @@ class StoreConnection:
         try:
             yield
         except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
-            answer = (status(error), code(error)) if isinstance(error, boto_errors.ClientError) else (0, "")
-            if answer[1] in ("NoSuchKey", "NotFound") or answer == (404, "404"):
-                raise NoSuchObject("no object is stored under the key") from error
-            if creates and (answer[0] in (409, 412) or answer[1] == "NoSuchUpload"):
-                raise (TryAgain if answer[0] == 409 else ConditionFailed)(answer[1]) from error
-            if is_stale(error):
-                self._renew()
-            sent = self._sends_checksums
-            raise refusal(error, self.name, self._endpoint_url, size, sent_checksums=sent) from error
+            raise self._translated(error, size, creates=creates) from error
+
+    def _translated(
+        self, error: boto_errors.ClientError | boto_errors.BotoCoreError, size: int | None, *, creates: bool
+    ) -> Exception:
+        answer = (status(error), code(error)) if isinstance(error, boto_errors.ClientError) else (0, "")
+        if answer[1] in ("NoSuchKey", "NotFound") or answer == (404, "404"):
+            return NoSuchObject("no object is stored under the key")
+        if creates and (answer[0] in (409, 412) or answer[1] == "NoSuchUpload"):
+            return (TryAgain if answer[0] == 409 else ConditionFailed)(answer[1])
+        if is_stale(error):
+            self._renew()
+        return refusal(error, self.name, self._endpoint_url, size, sent_checksums=self._sends_checksums)
 
 
 def without_checksums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:

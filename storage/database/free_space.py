@@ -47,11 +47,15 @@ class Disk:
         self._look_at = now + FREE_SPACE_INTERVAL_SECONDS
         with suppress(OSError):  # commits report a broken disk
             self.shortage = shortage(self._free_share())
+        if self.shortage or self._is_logged:
+            self._log_change(now)
+
+    def _log_change(self, now: float) -> None:
         if self.shortage:
             self._short_at = now
             if not self._is_logged:
                 log.error("intake.paused", reason=self.shortage)
-        elif self._is_logged and now > self._short_at + STEADY_SECONDS:
+        elif now > self._short_at + STEADY_SECONDS:
             log.info("intake.resumed")
         else:
             return

@@ -145,25 +145,25 @@ class Turnstile:
         return self._file
 
     def _lock(self) -> None:
-        """Take the file's lock, which threads that share a turn have together. The wait blocks: a blocking wait is
-        fair, and no wait with a time limit is.
-
-        Measured, three processes that lock in a loop: p99 12 ms; 60 ms with a thread that waits, 1 s with polling.
-        """
+        """Take the file's lock, which threads that share a turn have together."""
         with self._changed:
             file = self._opened()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not self._is_patient():
-                self._lock_in_time(file)
-                return
-            self._blocked_since = time.monotonic()
-            if self._watcher is None or not self._watcher.is_alive():
-                self._watcher = threading.Thread(target=self._watch, daemon=True)
-                self._watcher.start()
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._blocked_since = None
+            (self._lock_patiently if self._is_patient() else self._lock_in_time)(file)
+
+    def _lock_patiently(self, file: TextIO) -> None:
+        """Wait for the file's lock. The wait blocks: a blocking wait is fair, and no wait with a time limit is.
+
+        Measured, three processes that lock in a loop: p99 12 ms; 60 ms with a thread that waits, 1 s with polling.
+        """
+        self._blocked_since = time.monotonic()
+        if self._watcher is None or not self._watcher.is_alive():
+            self._watcher = threading.Thread(target=self._watch, daemon=True)
+            self._watcher.start()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        self._blocked_since = None
 
     def _lock_in_time(self, file: TextIO) -> None:
         """Take the file's lock, or stop waiting: the waiting thread then closes the file, which releases the lock."""

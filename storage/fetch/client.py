@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import BinaryIO, NoReturn
 from urllib.parse import urljoin
 
@@ -103,10 +104,13 @@ class Fetcher:
         self._policy = policy
         self._trusted = AddressPolicy(result_hosts=tuple(trusted_hosts))
         self._max_bytes = max_bytes
-        self._wait_seconds = read_timeout_seconds
-        self._head_seconds = connect_timeout_seconds + read_timeout_seconds
-        self._min_bytes_per_second = min_bytes_per_second
         self._total_seconds = total_seconds
+        self._deadline = partial(
+            connection.TransferDeadline,
+            head_seconds=connect_timeout_seconds + read_timeout_seconds,
+            min_bytes_per_second=min_bytes_per_second,
+            wait_seconds=read_timeout_seconds,
+        )
         backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial, tunnel=tunnel)
         context = ssl_context or connection.tls_context()
         self._connections = Connections(
@@ -137,12 +141,7 @@ class Fetcher:
         `SpoolUnavailable`. Messages name hosts, never paths or queries.
         """
         target = check_url(url, self._policy)
-        deadline = connection.TransferDeadline(
-            total_seconds or self._total_seconds,
-            head_seconds=self._head_seconds,
-            min_bytes_per_second=self._min_bytes_per_second,
-            wait_seconds=self._wait_seconds,
-        )
+        deadline = self._deadline(total_seconds or self._total_seconds)
         try:
             with connection.with_deadline(deadline):
                 target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -52,18 +53,21 @@ MP4_BRANDS = frozenset(
 )
 
 
+# The beginnings of files that are told apart by a few fixed bytes.
+SIGNATURES = (
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), ("image/png", "png")),
+    (re.compile(rb"\xff\xd8\xff"), ("image/jpeg", "jpg")),
+    (re.compile(rb"GIF8[79]a"), ("image/gif", "gif")),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), ("image/webp", "webp")),
+    (re.compile(rb"RIFF.{4}WAVE", re.DOTALL), ("audio/wav", "wav")),
+)
+
+
 def sniff(head: bytes) -> tuple[str, str] | None:
     """(media type, extension) from the first HEAD_BYTES of a file; None for a type that is not archived."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "image/png", "png"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg", "jpg"
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return "image/gif", "gif"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "image/webp", "webp"
-    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        return "audio/wav", "wav"
+    for signature, found in SIGNATURES:
+        if signature.match(head):
+            return found
     if head[4:8] == b"ftyp":
         return _sniff_boxes(head)
     if head.startswith(b"\x1a\x45\xdf\xa3") and b"\x42\x82\x84webm" in head[:64]:

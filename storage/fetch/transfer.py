@@ -187,17 +187,22 @@ class _Replay(httpcore.NetworkStream):
 
 def _answer(stream: connection.GuardedStream, target: Target, fields: list[tuple[bytes, bytes]]) -> Response:
     """Send the request and read the head: by ourselves if both are plain, else httpcore reads the same bytes."""
-    scheme, host, path = target.scheme.encode(), target.host.encode(), target.path.encode()
-    through: httpcore.NetworkStream = stream
     lines = b"".join([b"%b: %b\r\n" % each for each in fields])
-    request = b"GET %b HTTP/1.1\r\n%b\r\n" % (path, lines)
-    if PLAIN_REQUEST.fullmatch(request):
-        with suppress(httpcore.WriteError):  # as httpcore: a host that refuses early answers before it closes
-            stream.write(request)
-        head = stream.read(connection.HEAD_READ_BYTES)
-        if headers := plain_headers(head):
-            return Response(200, headers, stream, None)
-        through = _Replay(stream, head)
+    request = b"GET %b HTTP/1.1\r\n%b\r\n" % (target.path.encode(), lines)
+    if not PLAIN_REQUEST.fullmatch(request):
+        return _answer_by_httpcore(stream, stream, target, fields)
+    with suppress(httpcore.WriteError):  # as httpcore: a host that refuses early answers before it closes
+        stream.write(request)
+    head = stream.read(connection.HEAD_READ_BYTES)
+    if headers := plain_headers(head):
+        return Response(200, headers, stream, None)
+    return _answer_by_httpcore(stream, _Replay(stream, head), target, fields)
+
+
+def _answer_by_httpcore(
+    stream: connection.GuardedStream, through: httpcore.NetworkStream, target: Target, fields: list[tuple[bytes, bytes]]
+) -> Response:
+    scheme, host, path = target.scheme.encode(), target.host.encode(), target.path.encode()
     parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), through)
     url = httpcore.URL(scheme=scheme, host=host, port=target.port, target=path)
     parsed = parser.handle_request(httpcore.Request(b"GET", url, headers=fields))

@@ -121,14 +121,12 @@ def insert(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
     return set(connection.exec_driver_sql(POSTGRESQL_INSERT, postgresql_values(deliveries)).scalars())
 
 
-def in_key_order(deliveries: Sequence[Delivery]) -> list[Delivery]:
-    """Deliveries sorted by key. Two batches that insert the same keys in different orders deadlock on PostgreSQL."""
-    return sorted(deliveries, key=lambda delivery: delivery.key)
-
-
 def postgresql_values(deliveries: Sequence[Delivery]) -> dict[str, str | bytes]:
-    """The parameters of `POSTGRESQL_INSERT`."""
-    ordered, documents, starts_at = in_key_order(deliveries), [], 1
+    """The parameters of `POSTGRESQL_INSERT`.
+
+    Sorted by key, because two batches that insert the same keys in different orders deadlock there.
+    """
+    ordered, documents, starts_at = sorted(deliveries, key=lambda delivery: delivery.key), [], 1
     for each in ordered:
         documents.append(_document(each, starts_at))
         starts_at += len(each.body)
@@ -138,7 +136,7 @@ def postgresql_values(deliveries: Sequence[Delivery]) -> dict[str, str | bytes]:
 def insert_sqlite(execute: Callable[[str, tuple[Any, ...]], Any], deliveries: Sequence[Delivery]) -> set[str]:
     """Insert at most 256 with `execute`, a connection's own, in one statement. Returns the keys that were new."""
     size = next(size for size in _SQLITE_SIZES if size >= len(deliveries))
-    rows = [*map(_values, in_key_order(deliveries)), *repeat(_SQLITE_NO_ROW, size - len(deliveries))]
+    rows = [*map(_values, deliveries), *repeat(_SQLITE_NO_ROW, size - len(deliveries))]
     result = execute(_SQLITE_INSERTS[size], tuple(chain.from_iterable(rows)))
     keys, count = {each.key for each in deliveries}, result.rowcount
     if count in (0, len(deliveries)):

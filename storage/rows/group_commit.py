@@ -210,22 +210,19 @@ class GroupCommit:
         self._disk.check_soon()
         self._give_turn_to_loop()
         while True:
-            if self._is_called():
+            with self._changed:
+                is_called = self._changed.wait_for(
+                    lambda: (
+                        self._is_threads_turn and not self._is_loop_committing and (self._waiting or self._is_stopping)
+                    ),
+                    free_space.FREE_SPACE_INTERVAL_SECONDS,
+                )
+            if is_called:
                 if not self._waiting:
                     return  # called by `stop`
                 self._commit([])
                 self._give_turn_to_loop()
             self._disk.check_soon()
-
-    def _is_called(self) -> bool:
-        """Wait until the thread has something to commit or is stopped. False: neither came for a while."""
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: (
-                    not self._is_loop_committing and self._is_threads_turn and bool(self._waiting or self._is_stopping)
-                ),
-                free_space.FREE_SPACE_INTERVAL_SECONDS,
-            )
 
     def _give_turn_to_loop(self) -> None:
         if self._quick_commits < QUICK_COMMITS or self._is_stopping:

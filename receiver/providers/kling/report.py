@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -108,7 +108,7 @@ def read_ids(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
         raise ReportUnreadable(f"lists {count} files; at most {MAX_ENTRIES}")
     info = _object(record.get("task_info"))
     externals = (info.get("external_task_id"), record.get("external_task_id"), record.get("external_id"))
-    return _first(usable_id(value) for value in externals), usable_id(task_id_in(record))
+    return next(filter(None, map(usable_id, externals)), None), usable_id(task_id_in(record))
 
 
 def read_report(record: Mapping[str, Any]) -> Report:
@@ -130,7 +130,7 @@ def read_report(record: Mapping[str, Any]) -> Report:
         external_task_id=external_task_id,
         status=STATES.get(word.lower()),
         raw_status=plain(word, 100),
-        message=_first(plain(value, 1_000) for value in messages if isinstance(value, str)) or "",
+        message=next(filter(None, (plain(value, 1_000) for value in messages if isinstance(value, str))), ""),
         outputs=tuple(outputs),
         series=kind == "series" if kind in ("series", "single") else is_series,
         created_ms=_milliseconds(record.get("created_at", record.get("create_time"))),
@@ -183,10 +183,6 @@ def _sounds(items: Any) -> list[Output]:
 
 def _object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _first(values: Iterable[str | None]) -> str | None:
-    return next((value for value in values if value), None)
 
 
 def usable_id(value: Any) -> str | None:
