@@ -99,9 +99,13 @@ class _Pool(QueuePool):
         return successor
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if not self.is_closed:
+        if self.is_closed:
+            self._drop(record)
+        else:
             super()._do_return_conn(record)
-            return
+
+    def _drop(self, record: ConnectionPoolEntry) -> None:
+        """As QueuePool closes a surplus connection."""
         try:
             record.close()
         finally:
@@ -117,10 +121,7 @@ class _Pool(QueuePool):
                 idle = self._pool.get(False)  # no other thread can take it now
             except Empty:
                 return
-            try:
-                idle.close()
-            finally:
-                self._dec_overflow()  # like QueuePool with a surplus connection
+            self._drop(idle)
 
 
 class Database:
