@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from hashlib import sha256
@@ -142,6 +143,23 @@ def test_a_server_that_comes_second_to_its_ports_leaves_the_sockets_of_the_first
             Seaweed(tmp_path / "second", "other", ports={**pick_ports(), "filer": ports["filer"]}).start()
         assert held and sockets_of(first) == held
     assert not sockets_of(first)
+
+
+def test_sockets_are_removed_only_if_no_process_listens_on_them(tmp_path: Path) -> None:
+    """One listens and accepts nothing, so that its queue is full: it is neither removed nor waited for."""
+    server = Seaweed(tmp_path, "pictures", ports=pick_ports())
+    busy, left = (Path(f"/tmp/seaweedfs-{part}-{server.ports[0]}.sock") for part in ("s3", "filer"))  # noqa: S108 - fixed by SeaweedFS
+    with ExitStack() as stack:
+        stack.callback(busy.unlink, missing_ok=True)
+        for path in (left, busy):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(path))
+        listener.listen(0)
+        stack.enter_context(socket.socket(socket.AF_UNIX)).connect(str(busy))
+        killing = threading.Thread(target=server.kill, daemon=True)
+        killing.start()
+        killing.join(10)
+        assert (killing.is_alive(), left.exists(), busy.exists()) == (False, False, True)
 
 
 def sockets_of(server: Seaweed) -> set[Path]:
