@@ -23,11 +23,14 @@ _is_deceived = False
 
 
 class OpenFiles:
-    """The note in `path`, the turnstile's lock file. The first process that opens the database writes it.
+    """The note in `path`. The first process that opens the database writes it.
 
     While a process has the database open it holds a shared lock on a byte of `path`, which the kernel ends with the
     process. A note without such a lock is of processes that have ended. Linux has these locks; elsewhere, and where
-    `path` does not exist or cannot be written, nothing is noted. Neither does a program that is no receiver.
+    `path` cannot be written, nothing is noted. Neither does a program that is no receiver.
+
+    It is not the turnstile's file: on a network file system flock() is a lock of all bytes (flock(2)), so no writer
+    would get its turn while any process has the database open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +55,7 @@ class OpenFiles:
         with self._lock, suppress(OSError):
             if self._file is not None or _is_deceived:
                 return opened
-            file = open_own(self._path, os.O_RDWR)
+            file = open_own(self._path, os.O_RDWR | os.O_CREAT)
             try:
                 noted = _noted(file)
                 if noted is None:

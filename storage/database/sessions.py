@@ -146,7 +146,7 @@ class Database:
         pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
         pool["pool_timeout"] = CONNECT_SECONDS
         if self.is_sqlite:
-            self._file = SqliteFile(Path(self.url.database or ""), self.files["database.lock"])
+            self._file = SqliteFile(Path(self.url.database or ""), self.files["database.open"])
             self.turnstile = self._make_turnstile()
             self.writer = sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=1)
             self.reader = sqlite_engine(self.url, self._file, "BEGIN", **pool)
@@ -269,7 +269,7 @@ class Database:
     @property
     def files(self) -> dict[str, Path]:
         """Every file that an SQLite database may have, by what it is; nothing for PostgreSQL."""
-        ends = ("", "-wal", "-shm", ".lock") if self.is_sqlite else ()
+        ends = ("", "-wal", "-shm", ".lock", ".open") if self.is_sqlite else ()
         return {f"database{end}": Path(f"{self.url.database}{end}") for end in ends}
 
     def free_share(self) -> float:

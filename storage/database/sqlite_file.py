@@ -34,13 +34,13 @@ Identity = tuple[int, int] | None
 class SqliteFile:
     """One path, the file that was there at the first connection, and the log and its index while there are any.
 
-    `lock_file`: of the turnstile.
+    `note`: the file for `OpenFiles`.
     """
 
-    def __init__(self, path: Path, lock_file: Path) -> None:
+    def __init__(self, path: Path, note: Path) -> None:
         self.path = path
         self._identity: Identity = None
-        self._open_files = OpenFiles(lock_file)
+        self._open_files = OpenFiles(note)
         self._open: set[int] = set()
         self.begin_in_child()
 

@@ -49,7 +49,7 @@ def test_the_database_and_its_lock_are_for_one_user(receiver: CommandLine) -> No
         with database.write():
             names |= {path.name: oct(mode(path)) for path in receiver.folder.iterdir()}
     database.close()
-    assert {"receiver.db", "receiver.db.lock"} <= names.keys()
+    assert {"receiver.db", "receiver.db.lock", "receiver.db.open"} <= names.keys()
     assert set(names.values()) == {"0o600"}, names
 
 
@@ -59,7 +59,7 @@ def test_the_write_ahead_log_is_for_one_user(tmp_path: Path) -> None:
         connection.exec_driver_sql("CREATE TABLE one (two)")
         names = {path.name: oct(mode(path)) for path in tmp_path.iterdir()}
     database.close()
-    assert names == dict.fromkeys(["own.db", "own.db-wal", "own.db-shm", "own.db.lock"], "0o600")
+    assert names == dict.fromkeys(["own.db", "own.db-wal", "own.db-shm", "own.db.lock", "own.db.open"], "0o600")
 
 
 def test_files_of_commands_are_readable_by_one_user(tmp_path: Path) -> None:

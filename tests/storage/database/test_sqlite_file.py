@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
+import os
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TextIO
 
 import httpx
 import pytest
@@ -14,6 +18,7 @@ from sqlalchemy import text
 
 from receiver.app.wiring import Parts
 from storage.database.sessions import Database
+from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable, FileChanged
 from tests.other_processes import come_and_go, forked, hold
 from tests.pipeline import Web, insert_row
@@ -151,6 +156,25 @@ def test_a_child_of_a_process_that_has_it_open_keeps_no_other_out(own: Database,
     finally:
         child.kill()
         child.join()
+
+
+def lock_all_bytes(file: TextIO, operation: int) -> None:
+    """flock() of a network file system (Linux' flock(2))."""
+    kind = {fcntl.LOCK_EX: fcntl.F_WRLCK, fcntl.LOCK_UN: fcntl.F_UNLCK}[operation & ~fcntl.LOCK_NB]
+    fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, 0, 0, 0))
+
+
+@pytest.mark.skipif(not hasattr(fcntl, "F_OFD_SETLK"), reason="needs locks of open files")
+def test_a_process_that_has_it_open_keeps_no_writer_out_on_a_network_file_system(
+    own: Database, sqlite_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.now()
+    monkeypatch.setattr(fcntl, "flock", lock_all_bytes)
+    begun = Database(f"sqlite:///{sqlite_file}")
+    assert isinstance(begun.turnstile, Turnstile)
+    assert begun.turnstile.is_entered_at_once()
+    begun.turnstile.__exit__()
+    begun.close()
 
 
 def test_processes_that_begin_and_end_at_once_refuse_nothing(own: Database, sqlite_file: Path) -> None:
