@@ -151,10 +151,19 @@ class ContinuousAudit:
             claimed = update(RollingAudit).where(is_due).values(lease=uuid.uuid4(), due_at=db_now(self._lease_seconds))
             options = {"synchronize_session": False}
             row = session.scalars(claimed.returning(RollingAudit).execution_options(**options)).one_or_none()
-            if row and not row.checked:
-                row.round_started_at = tasks.now(session)
-                row.checked = Round().as_json()
+            if row is not None:
+                self._begin_round(row, tasks.now(session))
         return row
+
+    def _begin_round(self, row: RollingAudit, now: datetime) -> None:
+        """Begin a round unless one is under way. One that a clock that was ahead began goes on as if begun now: before
+        its time it would audit nothing.
+        """
+        if not row.checked:
+            row.checked = Round().as_json()
+        elif row.round_started_at is not None and row.round_started_at <= now:
+            return
+        row.round_started_at = now
 
     def _renew(self, row: RollingAudit, ended: threading.Event) -> None:
         while not ended.wait(self._lease_seconds / 3):

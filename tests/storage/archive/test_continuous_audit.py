@@ -295,6 +295,16 @@ def test_step_that_was_set_by_a_clock_a_day_ahead_is_due(parts: Parts) -> None:
     assert audit(parts).run()
 
 
+def test_a_round_that_a_clock_a_year_ahead_began_goes_on(parts: Parts) -> None:
+    insert_at(parts, 0.5)
+    assert audit(parts, days=30).step()
+    change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() + timedelta(days=365))
+    assert audit(parts, days=30).step()
+    begun = stands(parts).round_started_at
+    assert begun is not None
+    assert begun <= parts.database.now(), "otherwise no task is audited for a year"
+
+
 def test_fewer_days_apply_within_the_hour(parts: Parts) -> None:
     insert_at(parts, 0.5)
     assert audit(parts, days=30).step()
