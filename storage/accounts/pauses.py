@@ -67,13 +67,6 @@ class Trial:
     is_early: bool = False
 
 
-def of_account(session: Session, provider: str) -> list[AccountPause]:
-    """The pauses of the account: its own first, then those of models by name."""
-    found = select(AccountPause).where(col(AccountPause.provider) == provider, _STANDS)
-    found = found.order_by(col(AccountPause.model))
-    return list(session.scalars(found))
-
-
 def every(session: Session) -> list[AccountPause]:
     """The pauses of all accounts."""
     found = select(AccountPause).where(_STANDS).order_by(col(AccountPause.provider), col(AccountPause.model))

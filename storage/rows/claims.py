@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 from sqlalchemy import (
     ClauseElement,
     ColumnElement,
-    Connection,
     Integer,
     Uuid,
     and_,
@@ -177,16 +176,12 @@ def _work_order(row: Any) -> Any:
     return row.files_expire_at is None, row.files_expire_at, str(row.id)
 
 
-def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
-    """Whether a claim may find a row. A read, so that idle workers take no write lock. Includes rows in quarantine.
+def any_due(model: type[Row], *, where: Sequence[Any] = (), alone: bool = False) -> Any:
+    """A statement that finds a row if a claim may. A read, so that idle workers take no write lock. Includes rows in
+    quarantine; `alone`: only these.
 
     It reads in the order of the due index. Without an order PostgreSQL scans the table past every waiting row.
     """
-    return connection.execute(_any_due_statement(model, alone, tuple(where))).first() is not None
-
-
-def any_due(model: type[Row], *, where: Sequence[Any] = (), alone: bool = False) -> Any:
-    """The condition of `is_any_due`, to be combined with others in one statement."""
     return _any_due_statement(model, alone, tuple(where))
 
 

@@ -134,7 +134,7 @@ def claim_once(database: Database, lane: str, times: Times) -> None:
     model, where, _ = LANES[lane]
     began = time.perf_counter()
     with database.autocommit_reader() as connection:
-        assert claims.is_any_due(connection, model, where=where)
+        assert connection.execute(claims.any_due(model, where=where)).first()
     with database.write() as session:
         started = time.perf_counter()
         rows = claims.claim(session, model, limit=CLAIMED, lease_seconds=60, where=where)

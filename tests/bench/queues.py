@@ -37,9 +37,9 @@ def _admission(session: Session) -> None:
 def _looks(session: Session) -> None:
     """The checks of a lane with work, of one without beside it, and for rows in quarantine."""
     connection = session.connection()
-    assert claims.is_any_due(connection, Task, where=(Task.step == Step.READ,))
-    assert not claims.is_any_due(connection, Callback, where=UNMATCHED)
-    assert not claims.is_any_due(connection, Asset, alone=True)
+    assert connection.execute(claims.any_due(Task, where=(Task.step == Step.READ,))).first()
+    assert not connection.execute(claims.any_due(Callback, where=UNMATCHED)).first()
+    assert not connection.execute(claims.any_due(Asset, alone=True)).first()
 
 
 STEPS: dict[str, Callable[[Session], None]] = {"claim": _claim, "admission": _admission, "looks": _looks}

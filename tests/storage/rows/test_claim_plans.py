@@ -43,7 +43,8 @@ def claim(session: Session, model: Any, where: Any, **how: bool) -> None:
 
 
 def look(session: Session, model: Any, where: Any, *, alone: bool) -> None:
-    assert claims.is_any_due(session.connection(), model, alone=alone, where=(where,)) is not alone
+    found = session.execute(claims.any_due(model, alone=alone, where=(where,))).first()
+    assert (found is None) is alone
 
 
 ASKED: dict[str, Callable[[Session, Any, Any], None]] = {

@@ -204,8 +204,8 @@ def test_unclaimed_row_cannot_be_settled(database: Database) -> None:
 def test_row_that_lost_two_leases_is_not_in_quarantine(database: Database) -> None:
     new_assets(database, 1, losses=claims.QUARANTINE_AFTER - 1)
     with database.autocommit_reader() as connection:
-        assert claims.is_any_due(connection, Asset)
-        assert not claims.is_any_due(connection, Asset, alone=True)
+        assert connection.execute(claims.any_due(Asset)).first()
+        assert not connection.execute(claims.any_due(Asset, alone=True)).first()
 
 
 def test_claim_in_turn_takes_the_row_that_has_waited_longest(database: Database) -> None:
