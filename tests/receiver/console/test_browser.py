@@ -20,7 +20,7 @@ from receiver.console.access import COOKIE
 from storage.operations import rollups
 from storage.rows.events import record_act
 from storage.rows.models import Asset, Batch, Dispatch, Event, Task
-from storage.states import ArchiveState, AssetState, DispatchState
+from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests import axe, webdriver
 from tests.archived_tasks import archive
 from tests.console_reader import PAGES, READ_KEY, Reader
@@ -387,7 +387,7 @@ def pages_of_rows(parts: Parts) -> tuple[list[str], list[str]]:
         session.add(batch)
         session.flush()
         batch_id = batch.id
-    insert_row(parts, batch_id=batch_id)
+    insert_row(parts, batch_id=batch_id, state=TaskState.FAILED)
     plain = [*PAGES, f"/tasks/{whole.external_task_id}", f"/deliveries/{callback.id}", f"/batches/{batch_id}"]
     plain += [f"/deliveries/{unknown.id}?of={number}", f"/ask?again={whole.id}", "/deliveries?state=unmatched"]
     return [*plain, *UNUSABLE], own_pages(parts, *hostile(parts))
