@@ -33,12 +33,13 @@ def accept_losses(
     """
     tally = Tally()
     for key in dict.fromkeys(keys):
-        if bucket.head(key) is not None:
-            tally.left[key] = THERE
+        external_id = external_id_of(folder_of(key))
+        if external_id is None or bucket.head(key) is not None:
+            tally.left[key] = THERE if external_id else NO_ROW
             continue
         digest = _digest_in_next(bucket, key)
         with change(database, dry_run=dry_run) as session:
-            found = tasks.by_external_id(session, external_id_of(folder_of(key)) or "")
+            found = tasks.by_external_id(session, external_id)
             task = tasks.lock(session, found.id) if found else None
             why = _why_not(session, task, key)
             if task is None or why:

@@ -65,9 +65,10 @@ def folder_of(key: str) -> str:
 
 
 def external_id_of(folder: str) -> str | None:
-    """The external id in a folder's name; None if it is no task's folder."""
+    """The external id in a folder's name; None if it is no task's folder. PostgreSQL takes no NUL, so no id has one."""
     match = FOLDER.fullmatch(folder)
-    return unquote(match[1]) if match else None
+    external_id = unquote(match[1]) if match else None
+    return None if external_id and "\0" in external_id else external_id
 
 
 def manifest_number(key: str) -> int | None:

@@ -151,9 +151,10 @@ def test_only_a_lost_earlier_manifest_is_accepted(parts: Parts) -> None:
     assert accept(parts, earlier) == {earlier: THERE}
     for key in (file, earlier, current):
         parts.bucket.delete(key)
-    left = accept(parts, file, current, key_of(task, 3), nobodys, "x")
+    no_row = ("", "x", nobodys, key_of(task, 3))
+    left = accept(parts, file, current, *no_row)
     advice = left.pop(file)
-    assert left == {current: CURRENT, key_of(task, 3): NO_ROW, nobodys: NO_ROW, "x": NO_ROW}
+    assert left == {current: CURRENT, **dict.fromkeys(no_row, NO_ROW)}
     assert "audit --repair" in advice and f"receiver dismiss --reason TEXT {task.external_task_id}" in advice
     assert actions(parts, task) == []
 
