@@ -21,6 +21,7 @@ from receiver.providers.base import (
 )
 from receiver.tasks.create_step import CreateStep
 from storage.accounts import pauses, slots
+from storage.accounts.accepted_creates import was_accepted
 from storage.accounts.slots import Slots
 from storage.database.sessions import Database, again_on_new_session
 from storage.errors import (
@@ -161,7 +162,7 @@ class Submitter:
         """Send the request again with the row of the same external id, whose create the provider refused.
 
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
-        the id is taken. Raises `NoSlots` and `AccountRefused`.
+        the id is taken, also by a create that was accepted and never reported. Raises `NoSlots` and `AccountRefused`.
         """
         wanted.queued_at, wanted.slots = None, abs(wanted.slots)  # `insert` may have put it into the queue
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
@@ -170,7 +171,9 @@ class Submitter:
         free = self._slots.reserve(session, wanted.slots)
         found = tasks.by_external_id(session, wanted.external_task_id)
         row = tasks.lock(session, found.id) if found else None
-        if row is None or not _can_be_adopted(row) or row.lease is not None or row.deleted_at is not None:
+        if row is None or row.state is not TaskState.FAILED or was_accepted(row):
+            return None
+        if row.lease is not None or row.deleted_at is not None:
             return None
         if not free and not is_late:
             raise NoSlots(ALL_HELD)

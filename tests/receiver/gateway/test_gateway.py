@@ -27,6 +27,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.operate import Operator
 from receiver.tasks.task_view import is_over
+from storage.accounts.accepted_creates import NEVER_REPORTED
 from storage.errors import FetchRefused
 from storage.rows.models import Task
 from storage.states import Step, TaskState
@@ -276,6 +277,16 @@ def test_a_refused_id_is_free_as_it_is_at_kling(web: Web, parts: Parts, sandbox:
     assert [body["prompt"] for body in creates(sandbox)] == ["a boat", "a ship"]
     assert len(rows(parts)) == 1
     assert event_names(parts.database, task_of(parts, ID))[2] == "task.created"
+
+
+@ON_SQLITE
+def test_an_accepted_id_that_was_never_reported_is_not_sent_again(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    create(web, {**PLAIN, "external_task_id": ID})
+    silent = {"state": TaskState.FAILED, "error": NEVER_REPORTED, "provider_task_id": None, "step": None}
+    with parts.database.write() as session:
+        session.execute(update(Task).values(**silent, due_at=None))
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (400, 1201)
+    assert (task_of(parts, ID).error, len(creates(sandbox))) == (NEVER_REPORTED, 1)
 
 
 @pytest.mark.databases("sqlite")
