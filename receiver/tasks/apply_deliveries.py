@@ -187,9 +187,8 @@ class DeliveryApplier:
                     done = apply(session)
             left = left[len(done) :]
             for row, verdict in done:
-                state, reason = verdict.state, verdict.reason
-                task_id = row.task_id and str(row.task_id)
-                log.info("callback.settled", callback=row.id, task_id=task_id, state=state, reason=reason)
+                ids = {"callback": row.id, "task_id": row.task_id and str(row.task_id)}
+                log.info("callback.settled", **ids, state=verdict.state, reason=verdict.reason)
 
     def _apply_some(
         self, rows: Sequence[tuple[Callback, Report | str]], session: Session

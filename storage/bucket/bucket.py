@@ -195,14 +195,15 @@ class Bucket(StoredObjects):
     def _is_proof(self, evidence: Evidence) -> bool:
         """Whether the store's response proves that it stored our bytes. A contradiction is logged."""
         can = self.capabilities()
+        if can.proof == "read":
+            return False
         etag_agrees = evidence.etag_agrees is not False or not self._etags_are_md5
         checksum_agrees = evidence.checksum_agrees
         if checksum_agrees is None:  # a missing checksum counts only from a store that sent none in the probe either
             checksum_agrees = can.proof == "md5" or not can.returns_checksum
-        agrees = checksum_agrees and etag_agrees
-        if can.proof != "read" and not agrees:
+        if not (checksum_agrees and etag_agrees):
             log.warning("store.doubted", bucket=self.name, checksum=evidence.checksum_agrees, etag=evidence.etag_agrees)
-        return can.proof != "read" and agrees
+        return checksum_agrees and etag_agrees
 
     def _put_whole(self, put: Put) -> Evidence:
         """Send the file in one request of our own. boto3 repeats it after any response that is not plain success."""

@@ -141,11 +141,10 @@ class HttpConnections:
             raise ConnectionBroken from error
         finally:
             with self._lock:
-                keep = keep and len(self._idle) < self._most
-                if keep:
+                if keep and len(self._idle) < self._most:
                     self._idle.append(connection)
-            if not keep:
-                connection.close()
+                else:
+                    connection.close()
 
     def _send(self, connection: socket.socket, head: bytes, body: Iterable[memoryview]) -> bool:
         """False: the store closed the connection before the end. One that refuses early answers before it closes."""
