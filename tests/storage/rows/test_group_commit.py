@@ -428,13 +428,14 @@ def test_an_unreachable_database_refuses_and_the_next_delivery_is_tried_again(wa
 
 
 @contextmanager
-def freed_at_once(made: Sequence[Delivery]) -> Iterator[None]:
-    """The block leaves none of these deliveries, which only `made` holds, to the collector of garbage."""
-    bodies = {each.body for each in made}
-    gc.freeze()  # leave out what earlier tests have left
+def freed_at_once(count: int) -> Iterator[list[Delivery]]:
+    """Deliveries that only this list holds. The block leaves none of them to the collector of garbage."""
+    gc.freeze()  # what earlier tests have left is not searched
     gc.disable()
     try:
-        yield
+        made = [body(number) for number in range(count)]
+        bodies = {each.body for each in made}
+        yield made
         wait_until(lambda: not any(type(each) is Delivery and each.body in bodies for each in gc.get_objects()))
     finally:
         gc.enable()
@@ -442,8 +443,7 @@ def freed_at_once(made: Sequence[Delivery]) -> Iterator[None]:
 
 def test_deliveries_of_an_outage_are_freed_at_once_and_not_hashed(way: str) -> None:
     """Their bodies stayed in memory, each as long as the error of its commit referred to itself."""
-    made = [body(number) for number in range(3)]
-    with InLoop(Database("postgresql://nobody@127.0.0.1:1/none")) as away, freed_at_once(made):
+    with InLoop(Database("postgresql://nobody@127.0.0.1:1/none")) as away, freed_at_once(3) as made:
         assert answers([away.put(each) for each in made]) == {"DatabaseUnavailable": 3}
         assert [each._key for each in made] == [None] * 3, "the loop would hash them, 60 µs for 64 KiB"
         made.clear()
@@ -453,8 +453,7 @@ def test_a_late_delivery_is_freed_once_it_is_committed(
     database: Database, running: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_commit, "COMMIT_SECONDS", 0.05)
-    made = [body(0)]
-    with freed_at_once(made):
+    with freed_at_once(1) as made:
         with writers_wait(database):
             assert answers([running.put(made.pop())]) == {"TimeoutError": 1}
 
@@ -465,8 +464,7 @@ def test_deliveries_that_a_bug_fails_are_freed_at_once(
 ) -> None:
     monkeypatch.setattr(deliveries, "_as_json", lambda _: 1 / 0)
     monkeypatch.setattr(deliveries, "_document", lambda *_: 1 / 0)
-    made = [body(number) for number in range(3)]
-    with freed_at_once(made):
+    with freed_at_once(3) as made:
         assert {type(each) for each in running.put_all(made)} == {ZeroDivisionError}
         made.clear()
 
