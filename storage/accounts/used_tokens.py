@@ -25,8 +25,8 @@ FRESH_SECONDS = 3.0
 MOST_USED = 1_000
 # Tokens begin with the time of their expiry, in Unix seconds, so they are in its order.
 EXPIRY_BYTES = 8
-# They are kept this long after it, because another process's clock may be behind.
-KEPT_SECONDS = 300
+# They are kept this long after it, because another process's clock may be behind, and one that is ahead is set back.
+KEPT_SECONDS = 30 * 86_400
 # Rows that one statement deletes. The next one deletes others.
 MOST_DELETED = 1_000
 _NAME = "console used "
@@ -100,7 +100,7 @@ class UsedTokens:
 
     def _rows(self) -> list[dict[str, str | int]]:
         """The rows of all used tokens. Those that have expired are forgotten."""
-        oldest = int(self._now() - KEPT_SECONDS).to_bytes(EXPIRY_BYTES, "big")
+        oldest = max(0, int(self._now() - KEPT_SECONDS)).to_bytes(EXPIRY_BYTES, "big")
         with self._lock:
             for group, used in list(self._used.items()):
                 self._used[group] = {token for token in used if token > oldest}

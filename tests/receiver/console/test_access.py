@@ -150,6 +150,19 @@ def test_what_one_process_ended_is_over_in_all_and_after_a_restart(database: Dat
     assert stored(database) == []
 
 
+def test_an_ended_session_stays_ended_when_a_clock_three_days_ahead_is_set_back(database: Database) -> None:
+    clock = Clock()
+    access = Access([ANN], clock, database)
+    token = ended_session(access, ANN)
+    clock.now += 3 * 86_400
+    access.used.catch_up()
+    clock.now -= 3 * 86_400
+    assert access.session(token) is None
+    later = Access([ANN], clock, database)
+    later.used.catch_up()
+    assert later.session(token) is None
+
+
 def stored(database: Database) -> list[str]:
     with database.read() as session:
         return list(session.exec(select(Counter.name).where(col(Counter.name).startswith("console"))))
