@@ -22,11 +22,11 @@ from typing import Any
 
 import structlog
 from sqlalchemy import ColumnElement, Select, bindparam, delete, exists, func, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage.database.clock import db_now, db_now_once
 from storage.database.prepared import execute, unattached
+from storage.database.sessions import INSERTS
 from storage.errors import AccountRefused, ModelRefused
 from storage.rows.events import EventName, record
 from storage.rows.models import AccountPause, Task
@@ -186,8 +186,8 @@ def pause(session: Session, provider: str, model: str | None, error: AccountRefu
     name = (model or EVERY_MODEL) if isinstance(error, ModelRefused) else EVERY_MODEL
     said = error.said or str(error)
     values = {"code": error.code, "http_status": error.http_status, "said": said, "trial_at": db_now(TRIAL_SECONDS)}
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    first: Any = dialect.insert(AccountPause).values(provider=provider, model=name, since=db_now(), **values)
+    first = INSERTS[session.get_bind().dialect.name](AccountPause)
+    first = first.values(provider=provider, model=name, since=db_now(), **values)
     is_new = session.execute(first.on_conflict_do_nothing().returning(col(AccountPause.provider))).first() is not None
     if not is_new:
         locked = select(col(AccountPause.code), _STANDS).where(_is(provider, name)).with_for_update()

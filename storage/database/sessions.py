@@ -44,6 +44,8 @@ Result = TypeVar("Result")
 # connections by default. A process at rest keeps one, because twelve idle workers used all of these 100.
 KEPT_CONNECTIONS, KEPT_AT_REST = 12, 1
 WAKE_CHANNEL = "receiver_work"
+# The INSERT with ON CONFLICT of each kind of database, by its name in SQLAlchemy.
+INSERTS: dict[str, Callable[[Any], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 # SQLite's messages for a fault of the file. Faults of the statement have the same error class.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database", "not a database")
 # How long a group waits for a row that another transaction holds. Other transactions hold one for 20 ms at most.
@@ -80,8 +82,8 @@ def insert_or_ignore(
     Many rows are passed as parameters, so the statement is compiled once; their values hold no SQL expressions.
     """
     table = model.__table__
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    statement: Any = dialect.insert(table).on_conflict_do_nothing().returning(*table.primary_key)
+    statement = INSERTS[session.get_bind().dialect.name](table)
+    statement = statement.on_conflict_do_nothing().returning(*table.primary_key)
     if isinstance(values, Mapping):
         return list(session.scalars(statement.values(values)))
     return list(session.scalars(statement, values))

@@ -6,10 +6,10 @@ import uuid
 
 import sqlalchemy
 from sqlalchemy import bindparam
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session
 
 from storage.database.prepared import execute
+from storage.database.sessions import INSERTS
 from storage.rows.deliveries import rematch
 from storage.rows.models import Task, TaskAlias
 
@@ -36,10 +36,7 @@ def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
     return [row.provider_task_id for row in execute(session, _ALIASES_OF, {"of": task_id}).rows]
 
 
-_INSERT_ALIAS = {
-    dialect.__name__.rpartition(".")[2]: dialect.insert(TaskAlias.__table__)  # type: ignore[attr-defined]
-    for dialect in (sqlite, postgresql)
-}
+_INSERT_ALIAS = {name: insert(TaskAlias.__table__) for name, insert in INSERTS.items()}  # type: ignore[attr-defined]
 _NEW_ALIAS = {
     name: statement.on_conflict_do_update(
         index_elements=["provider", "provider_task_id"],

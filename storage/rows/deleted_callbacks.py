@@ -12,11 +12,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import bindparam, delete, func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session
 
 from storage.database.prepared import execute
-from storage.database.sessions import run
+from storage.database.sessions import INSERTS, run
 from storage.rows.models import Callback, Counter
 
 # The overview shows 30 days.
@@ -27,10 +26,7 @@ _NAME = "callbacks deleted "
 _COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
 _GONE = delete(Callback.__table__).returning(_CALLBACKS.received_at, _CALLBACKS.source)  # type: ignore[attr-defined]
-_INSERTS = {
-    dialect.__name__.rpartition(".")[2]: dialect.insert(Counter.__table__)  # type: ignore[attr-defined]
-    for dialect in (sqlite, postgresql)
-}
+_INSERTS = {name: insert(Counter.__table__) for name, insert in INSERTS.items()}  # type: ignore[attr-defined]
 _ADDED = {
     name: insert.on_conflict_do_update(index_elements=["name"], set_={"value": _COUNTERS.value + insert.excluded.value})
     for name, insert in _INSERTS.items()

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 
 import sqlalchemy
 from sqlalchemy import bindparam, case
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
 from storage.database.clock import db_now
 from storage.database.prepared import execute, unattached
+from storage.database.sessions import INSERTS
 from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.deliveries import rematch
@@ -35,11 +35,11 @@ ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
 
 _NAMES = tuple(Task.__table__.columns.keys())  # type: ignore[attr-defined]
 _INSERT_NEW = {
-    dialect.__name__.rpartition(".")[2]: dialect.insert(Task.__table__)  # type: ignore[attr-defined]
+    name: insert(Task.__table__)  # type: ignore[attr-defined]
     .values({name: bindparam(name) for name in _NAMES})
     .on_conflict_do_nothing(index_elements=["external_task_id"])
     .returning(Task.__table__.c.id)  # type: ignore[attr-defined]
-    for dialect in (sqlite, postgresql)
+    for name, insert in INSERTS.items()
 }
 
 
