@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import bindparam, exists, or_
+from sqlalchemy import and_, bindparam, exists, or_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
@@ -70,13 +70,18 @@ THROTTLE_BASE_SECONDS, THROTTLE_CAP_SECONDS = 1.0, 30.0
 
 # Whether the provider has the task: it was called back, by a signed delivery at the account's URL too, or a delivery
 # came to the URL of this request, applied or not. A refused id that is used again has the same URL, and a later
-# `created_at`.
+# `created_at`. Where that is in the future, the clock was set back, and any delivery may be of this request.
+_IS_AHEAD = col(Task.created_at) > db_now_once()
 _DELIVERED = exists().where(
-    col(Callback.task_id) == Task.id, col(Callback.source) == "push", col(Callback.received_at) >= Task.created_at
+    col(Callback.task_id) == Task.id,
+    col(Callback.source) == "push",
+    or_(col(Callback.received_at) >= Task.created_at, _IS_AHEAD),
 )
 _CALLED_BACK = select(Task.id).where(
     Task.id == bindparam("wanted"),
-    or_(col(Task.called_back_at) >= Task.created_at, _DELIVERED),
+    or_(
+        col(Task.called_back_at) >= Task.created_at, and_(col(Task.called_back_at).is_not(None), _IS_AHEAD), _DELIVERED
+    ),
 )
 
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, nullcontext
+from datetime import timedelta
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -121,6 +122,20 @@ def test_a_delivery_that_waits_shows_that_the_create_arrived(
     """No worker has applied it, or its signature was refused: its token came from our request in any case."""
     commit_delivery(parts, submit_request(parts), body("processing"), state=state)
     assert look_up_twice(parts).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("is_applied", [True, False])
+def test_a_create_from_a_clock_that_was_ahead_is_not_sent_again(
+    parts: Parts, sandbox: Sandbox, is_applied: bool
+) -> None:
+    """Its callback came after the clock was set back, so it seems older than the row."""
+    task = submit_request(parts)
+    go_on(parts, created_at=parts.database.now() + timedelta(hours=1))
+    told = body("processing", **info(ID))
+    deliver(parts, task, told, webhook_id="msg_1") if is_applied else commit_delivery(parts, task, told)
+    assert look_up_twice(parts).state is not TaskState.CREATED
     assert len(creates(sandbox)) == 1
 
 
