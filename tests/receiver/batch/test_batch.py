@@ -271,6 +271,7 @@ def test_a_deleted_task_is_over(parts: Parts) -> None:
 # -- retries ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1301"])
     put(parts, *LINES[:2])
@@ -347,6 +348,7 @@ def test_task_that_failed_at_the_provider_is_read_and_never_sent_again(parts: Pa
     assert len(sandbox.ledger().creates) == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_task_that_failed_at_the_provider_becomes_a_new_task_of_a_new_batch(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, LINES[0], {**LINES[1], "external_task_id": "mine"}, LINES[1], LINES[1])
     sandbox.set(fail_rate=1)
@@ -362,6 +364,7 @@ def test_task_that_failed_at_the_provider_becomes_a_new_task_of_a_new_batch(part
     assert [(task.batch_line, task.external_task_id[-2:]) for task in new] == [(2, "-1"), (3, "-2"), (4, "-3")]
 
 
+@pytest.mark.databases("sqlite")
 def test_task_that_was_called_back_failed_at_the_provider_though_no_query_finds_it(
     parts: Parts, sandbox: Sandbox
 ) -> None:

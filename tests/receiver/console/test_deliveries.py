@@ -41,7 +41,6 @@ def numbers(parts: Parts, task: Task) -> list[int]:
     return [row.id for row, *_ in page.rows]
 
 
-@BOTH
 def test_deliveries_at_both_urls_are_shown_with_their_task(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts, external_task_id="ours")
     by_token = deliver(parts, task, {**about("ours", "failed"), "task_id": "901"}, webhook_id="msg_1")
@@ -57,7 +56,6 @@ def test_deliveries_at_both_urls_are_shown_with_their_task(parts: Parts, ann: Re
     assert LINKED.findall(ann.page("/deliveries")) == [str(task.id)] * 3
 
 
-@BOTH
 def test_what_a_stranger_says_about_a_task_is_not_shown_as_the_tasks(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts, external_task_id="ours", callback_reads=MAX_READS_PER_TASK)
     unread = deliver(parts, None, about("ours", "succeed"))

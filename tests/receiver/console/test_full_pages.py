@@ -90,7 +90,6 @@ def test_full_pages_have_less_than_100_kilobytes(parts: Parts, ann: Reader) -> N
         assert len(ann.page(path).encode()) < MOST, (path, len(ann.page(path).encode()))
 
 
-@BOTH
 def test_links_to_further_parts_say_of_what_they_are(parts: Parts, ann: Reader) -> None:
     """A screen reader lists them by these names; files and timeline of a task had the same."""
     task, *_ = fill(parts)

@@ -206,6 +206,7 @@ def fields_of(page: str) -> dict[str, str]:
     return {name: html.unescape(value) for name, value in (sent | dict(chosen)).items() if value}
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(
     ("path", "given"),
     [
@@ -477,6 +478,7 @@ def test_aspect_ratios_have_a_class_of_the_stylesheet() -> None:
     assert classes == {"r70", "r99", "r41", "r0", "r140"} and all(f".{each}{{" in sheet for each in classes)
 
 
+@ON_SQLITE
 def test_chosen_files_come_as_one_zip(parts: Parts, ben: Reader) -> None:
     assets = [each for task in archive(parts, 2, n=2) for each in assets_of(parts, task)]
     answer = ben.get("/gallery/zip", params={"id": [str(each.id) for each in assets]})

@@ -31,7 +31,7 @@ from tests.pipeline import deliver, insert_row
 from tests.plans import scans
 from tests.rows import LONG_AGO, new_asset
 
-ON_SQLITE = pytest.mark.databases("sqlite")  # the store alone
+ON_SQLITE = pytest.mark.databases("sqlite")  # the store alone, and links
 ITEM = re.compile(
     r'<li class="(?:bad|wait)"><div><strong>(.*?)</strong>.*?<a class="button" href="([^"]*)">(.*?)</a></li>'
 )
@@ -88,6 +88,7 @@ TEXTS = catalogue.TEXTS["en"]
 KEYS = [key.split(".")[1] for key in TEXTS if key.startswith("need.") and key.count(".") == 1]
 
 
+@ON_SQLITE
 @pytest.mark.usefixtures("fresh_needs")
 def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader) -> None:
     everything(parts)

@@ -61,6 +61,7 @@ def one_by_one(database_url: str, bucket: Any, sandbox: Sandbox) -> Iterator[Par
 # -- in batches, or one by one ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 def test_due_reads_go_out_in_batches(unpaced: Parts, sandbox: Sandbox) -> None:
     made = submit(unpaced, 21)
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})

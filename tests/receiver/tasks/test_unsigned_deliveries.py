@@ -270,9 +270,15 @@ def test_report_for_a_refused_create_is_read_first(parts: Parts) -> None:
     assert assets_of(parts, task) == [] and task_of(parts, task.external_task_id).state is TaskState.FAILED
 
 
-@BOTH
-def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def three_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of a task that doubted deliveries may cause, instead of twenty."""
     monkeypatch.setattr(apply_deliveries, "MAX_READS_PER_TASK", 3)
+
+
+@BOTH
+@pytest.mark.usefixtures("three_reads")
+def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts) -> None:
     task = insert_row(parts)
     for number in range(10):
         deliver(parts, task, body("failed", n=number))
@@ -289,15 +295,16 @@ def spend_reads(parts: Parts, task: Task) -> None:
     assert not is_read_now(parts, task)
 
 
+@pytest.mark.usefixtures("three_reads")
 @BOTH
 def test_reports_that_one_read_answers_use_up_one(parts: Parts) -> None:
     task = insert_row(parts)
-    for number in range(25):
+    for number in range(apply_deliveries.MAX_READS_PER_TASK + 2):
         assert deliver(parts, task, body("failed", n=number)).reason == AWAITS_READ
     assert task_of(parts, task.external_task_id).callback_reads == 1
 
 
-@BOTH
+@pytest.mark.usefixtures("three_reads")
 def test_no_unsigned_success_is_believed_once_the_reads_are_spent(parts: Parts) -> None:
     task = insert_row(parts)
     spend_reads(parts, task)
@@ -310,6 +317,7 @@ def test_no_unsigned_success_is_believed_once_the_reads_are_spent(parts: Parts) 
     assert assets_of(parts, task)[0].source_url.startswith(OFFICIAL)
 
 
+@pytest.mark.usefixtures("three_reads")
 def test_the_first_contradiction_is_read_though_the_reads_are_spent(parts: Parts) -> None:
     task = insert_row(parts)
     deliver(parts, task, body("succeed", 1, host=FORGED))
@@ -321,7 +329,7 @@ def test_the_first_contradiction_is_read_though_the_reads_are_spent(parts: Parts
     assert assets_of(parts, task)[0].source_url.startswith(OFFICIAL)
 
 
-@BOTH
+@pytest.mark.usefixtures("three_reads")
 def test_contradictions_are_read_at_the_pace_of_polls_once_the_reads_are_spent(parts: Parts) -> None:
     task = insert_row(parts)
     deliver(parts, task, body("succeed", 1, host=FORGED))
