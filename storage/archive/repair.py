@@ -78,11 +78,15 @@ class Repairer:
                 return None
             if sha256 == asset.sha256:
                 return "left alone: it matched its row when it was read again"
-            self._keep_damaged(task, asset, file, sha256)
+            if not self._keep_damaged(task, asset, file, sha256):
+                return "left alone: the row has changed since"
         self._bucket.delete(finding.key)
         return None
 
-    def _keep_damaged(self, task: Task, asset: Asset, file: BinaryIO, sha256: str) -> None:
+    def _keep_damaged(self, task: Task, asset: Asset, file: BinaryIO, sha256: str) -> bool:
+        """Copy the bytes and note the copy. False: another repair was faster, and a worker may have put the right bytes
+        since, which must not be removed.
+        """
         extension = str(asset.key).rpartition(".")[2]
         key = object_key(
             self._bucket.prefix, task.created_at, task.external_task_id, asset.kind, asset.index, sha256, extension
@@ -97,6 +101,7 @@ class Repairer:
             row = session.get_one(Asset, asset.id, with_for_update=True)
             if key not in row.superseded:
                 row.superseded = [*row.superseded, key]
+            return (row.state, row.archived_at) == (AssetState.ARCHIVED, asset.archived_at)
 
     def _fetch_again(self, finding: Finding) -> str:
         """Make the row due again with its key and hash, so that the same bytes are put under the same key."""

@@ -137,6 +137,24 @@ def test_missing_and_changed_manifests_are_written_again(parts: Parts) -> None:
     assert str(task_of(parts, broken.external_task_id).manifest_key).endswith("/manifest.2.json")
 
 
+def test_a_repair_that_another_one_overtakes_removes_no_repaired_object(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive(parts, 1)
+    (asset,) = all_assets(parts)
+    flip(parts, str(asset.key))
+    findings, put_once = audit(parts, deep=True)[1], parts.bucket.put_once
+
+    def put_after_the_other_repair(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(parts.bucket, "put_once", put_once)
+        assert repair(parts, findings) == [FETCHED_AGAIN]
+        return put_once(*given, **more)
+
+    monkeypatch.setattr(parts.bucket, "put_once", put_after_the_other_repair)
+    assert Repairer(parts.database, parts.bucket, parts.schedule).repair(findings[0]).startswith("left alone")
+    assert parts.bucket.sha256(str(asset.key)) == asset.sha256
+
+
 @pytest.mark.databases("sqlite")
 @BOTH
 def test_manifest_is_written_again_under_its_key_after_two_repairs(parts: Parts) -> None:
