@@ -158,6 +158,7 @@ def test_missing_or_wrong_checksum_proves_nothing(faulty: Callable[..., Faulty],
     assert_archived(on.honest, on.sandbox, on.task)
 
 
+@pytest.mark.parametrize("faulty", [SEEN], indirect=True)
 def test_trusted_store_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
     on = faulty(lambda request, forward: forward(request))
     run(on.parts, "assets", "finishes")
@@ -165,6 +166,7 @@ def test_trusted_store_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
     assert_archived(on.honest, on.sandbox, on.task)
 
 
+@pytest.mark.parametrize("faulty", [SEEN], indirect=True)
 def test_trusted_store_gets_one_request_for_a_file_and_one_for_the_manifest(faulty: Callable[..., Faulty]) -> None:
     seen: list[str] = []
 
@@ -179,6 +181,7 @@ def test_trusted_store_gets_one_request_for_a_file_and_one_for_the_manifest(faul
     assert_archived(on.honest, on.sandbox, on.task)
 
 
+@pytest.mark.parametrize("faulty", [SEEN], indirect=True)
 def test_store_that_refuses_checksum_headers_gets_none(
     faulty: Callable[..., Faulty], request: pytest.FixtureRequest
 ) -> None:
