@@ -181,12 +181,10 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 
 
 @pytest.fixture(scope="session")
-def postgres(
-    made_once: Callable[[str, Callable[[Path], None]], Path], migrate: Callable[[str], None]
-) -> Iterator[Postgres]:
-    """The PostgreSQL server of this worker. A test that stops it starts it again.
+def postgres_data(made_once: Callable[[str, Callable[[Path], None]], Path], migrate: Callable[[str], None]) -> Path:
+    """A PostgreSQL cluster to copy, with the template of `migrated_databases`.
 
-    It has the template of `migrated_databases`. To make both takes 1.1 s of CPU, and to copy them 0.3.
+    To make both takes 1.1 s of CPU, and to copy them 0.3.
     """
 
     def make(data: Path) -> None:
@@ -195,7 +193,13 @@ def postgres(
             first.stop()
             first.copy_data(data)
 
-    with Postgres(data=made_once("postgresql", make)) as server:
+    return made_once("postgresql", make)
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_data: Path) -> Iterator[Postgres]:
+    """The PostgreSQL server of this worker. A test that stops it starts it again."""
+    with Postgres(data=postgres_data) as server:
         yield server
 
 

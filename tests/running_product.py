@@ -25,11 +25,13 @@ BUCKET = "pictures"
 class Scene:
     """A context manager whose processes all end with it, also after an error. A subclass builds its parts in `_build`.
 
-    All of it listens on loopback alone, and ends with this process (Linux) even if that is killed.
+    All of it listens on loopback alone, and ends with this process (Linux) even if that is killed. `postgres_data`: a
+    cluster that PostgreSQL copies instead of making one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, postgres_data: Path | None = None) -> None:
         self.folder = folder
+        self._postgres_data = postgres_data
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -50,7 +52,8 @@ class Scene:
         """Store, provider and, if `database` says so, PostgreSQL."""
         self.seaweed = self.stack.enter_context(Seaweed(self.folder / "seaweed", BUCKET))
         self.sandbox = self.stack.enter_context(Sandbox(knobs=knobs))
-        self.postgres = self.stack.enter_context(Postgres()) if database == "postgresql" else None
+        is_postgresql, data = database == "postgresql", self._postgres_data
+        self.postgres = self.stack.enter_context(Postgres(data=data)) if is_postgresql else None
 
     def know_the_store(self) -> None:
         """Let this process put objects into the store, too."""

@@ -74,12 +74,15 @@ class Outcome:
         return found + self.errors
 
 
-def run(plan: Plan, *, keep: Path | None = None) -> Outcome:
-    """Run the whole campaign. `keep`: a folder for databases, objects and logs; None = removed at the end."""
+def run(plan: Plan, *, keep: Path | None = None, postgres_data: Path | None = None) -> Outcome:
+    """Run the whole campaign. `keep`: a folder for databases, objects and logs; None = removed at the end.
+
+    `postgres_data`: a cluster to copy; None = a new one is made.
+    """
     folder = Path(keep or tempfile.mkdtemp(prefix="receiver-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with Stage(plan, folder) as stage:
+        with Stage(plan, folder, postgres_data) as stage:
             return Campaign(plan, stage).run()
     finally:
         if keep is None:

@@ -17,8 +17,8 @@ CALLBACK_TRIES = 4
 class Stage(Scene):
     """All servers of a campaign, with faults between worker and store."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, plan: Plan, folder: Path, postgres_data: Path | None = None) -> None:
+        super().__init__(folder, postgres_data)
         self.plan = plan
 
     def _build(self) -> None:

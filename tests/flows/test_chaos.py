@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -41,8 +42,8 @@ POSTGRESQL_ONLY = pytest.mark.parametrize("database_kind", ["postgresql"])  # SQ
 
 
 @pytest.mark.campaign("postgresql")
-def test_nothing_is_lost_or_doubled_when_processes_and_servers_die(database_kind: Any) -> None:
-    outcome = campaign.run(plan.bounded(database_kind, seed=1))
+def test_nothing_is_lost_or_doubled_when_processes_and_servers_die(database_kind: Any, postgres_data: Path) -> None:
+    outcome = campaign.run(plan.bounded(database_kind, seed=1), postgres_data=postgres_data)
     assert not outcome.failures, campaign.report(outcome)
 
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -115,8 +116,8 @@ class TestReadOnly:
 
 class TestMoved:
     @pytest.fixture
-    def primary(self) -> Iterator[Postgres]:
-        with Postgres() as server:
+    def primary(self, postgres_data: Path) -> Iterator[Postgres]:
+        with Postgres(data=postgres_data) as server:
             yield server
 
     @pytest.fixture
@@ -125,10 +126,9 @@ class TestMoved:
             yield address
 
     @pytest.fixture
-    def database_url(self, primary: Postgres, address: MovingAddress, migrate: Any) -> str:
-        url = primary.create_database("moved").replace(f":{primary.port}/", f":{address.port}/")
-        migrate(url)
-        return url
+    def database_url(self, primary: Postgres, address: MovingAddress) -> str:
+        url = primary.create_database("moved", MigratedDatabases.template)
+        return url.replace(f":{primary.port}/", f":{address.port}/")
 
     def test_a_primary_at_another_port_is_found_and_nothing_is_lost(
         self, web: Web, parts: Parts, sender: Sender, sandbox: Sandbox, primary: Postgres, address: MovingAddress,
