@@ -46,8 +46,9 @@ def request(number: int) -> dict[str, Any]:
 class Night(Scene):
     """A file to submit, and all processes that work on it."""
 
-    def __init__(self, folder: Path, *, lines: int, database: str, task_seconds: float) -> None:
+    def __init__(self, folder: Path, *, lines: int, database: str, task_seconds: float, count: int) -> None:
         super().__init__(folder)
+        self.count = count
         self.lines, self.database, self.task_seconds = lines, database, task_seconds
         self.file = folder / f"{NAME}.jsonl"
         self.file.write_text("".join(json.dumps(request(number)) + "\n" for number in range(lines)))
@@ -58,7 +59,7 @@ class Night(Scene):
         self.start_servers(self.database, Knobs(picture_bytes=4_000, concurrency_limit=SLOTS, **times))
         self.know_the_store()
         self.start_processes(
-            2,
+            self.count,
             RECEIVER_API_KEYS=API_KEY,
             RECEIVER_KLING_SLOTS=str(SLOTS),
             RECEIVER_WORKER_THREADS="4",
@@ -107,9 +108,11 @@ class GatewayClient(threading.Thread):
             self.accepted.append(external_id)
 
 
-def run(folder: Path, *, lines: int, database: str, kills: int = 2, task_seconds: float = 0.1) -> Outcome:
+def run(
+    folder: Path, *, lines: int, database: str, kills: int = 2, task_seconds: float = 0.1, workers: int = 2
+) -> Outcome:
     """One night: submit, kill, submit again, wait, compare. `task_seconds`: how long the provider takes for a task."""
-    with Night(folder, lines=lines, database=database, task_seconds=task_seconds) as night:
+    with Night(folder, lines=lines, database=database, task_seconds=task_seconds, count=workers) as night:
         started = time.monotonic()
         client = GatewayClient(f"http://127.0.0.1:{night.environment['RECEIVER_PORT']}", max(5, lines // 50))
         client.start()
@@ -129,7 +132,7 @@ def run(folder: Path, *, lines: int, database: str, kills: int = 2, task_seconds
 
 
 def _submit_and_kill(night: Night, part: float) -> None:
-    """Start the command, and once this part of the batch is archived kill it and both workers, with SIGKILL."""
+    """Start the command, and once this part of the batch is archived kill it and the workers, with SIGKILL."""
     command = night.submit()
     goal = max(1, int(part * night.lines))
     seconds = night.lines * ONE_LINE_SECONDS + 60
