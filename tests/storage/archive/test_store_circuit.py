@@ -68,7 +68,7 @@ def are_archived(parts: Parts, *names: str) -> bool:
     return all(task_of(parts, name).archive is ArchiveState.ARCHIVED for name in names)
 
 
-LIMIT_BYTES = 100_000
+LIMIT_BYTES = 30_000
 LARGE, SMALL = 2 * FAILURES, 2
 DENIED = b"<Error><Code>AccessDenied</Code></Error>"
 REFUSALS = {
@@ -81,7 +81,7 @@ REFUSALS = {
 
 def large_beside_small(parts: Parts, sandbox: Sandbox) -> None:
     """Waiting pictures, the large ones first, because the provider deletes those soonest."""
-    for name, pictures, size in (("large", LARGE, 2 * LIMIT_BYTES), ("small", SMALL, 20_000)):
+    for name, pictures, size in (("large", LARGE, 2 * LIMIT_BYTES), ("small", SMALL, 8_000)):
         sandbox.set(picture_bytes=size)
         read(parts, sandbox, name, n=pictures)
     with parts.database.write() as session:
