@@ -30,6 +30,7 @@ from receiver.tasks.apply_deliveries import decide_again
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.lease_renewal import renewing_lease
 from storage.accounts import pauses
+from storage.accounts.accepted_creates import ENDED_ITS_WORKER, NO_ANSWER
 from storage.accounts.pauses import Trial
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
@@ -136,7 +137,7 @@ class CreateStep:
     def work(self, task: Task) -> None:
         """Continue a claimed row in step `create`: send it if it was never sent, else find out whether it arrived."""
         if task.losses >= claims.PARK_LOSSES:
-            self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
+            self._fail(task, f"{ENDED_ITS_WORKER} {task.losses} times; `receiver submit --adopt` looks again")
         elif task.sent_at is not None:
             self._look_up(task)
         else:
@@ -288,7 +289,7 @@ class CreateStep:
         """Read again later. After a whole result lifetime the provider has nothing left, and the task fails."""
         days = self._age_seconds(task.sent_at or task.created_at) / 86_400
         if days * 86_400 > self._schedule.result_lifetime_seconds:
-            self._fail(task, f"sent {days:.1f} days ago, and there was no answer whether it arrived: {error}")
+            self._fail(task, f"sent {days:.1f} days ago, and {NO_ANSWER}: {error}")
             return
         after = error.after if isinstance(error, Retry) else None
         self._later(task, str(error), max(after or 0, claims.backoff(task.attempts)))

@@ -1,4 +1,5 @@
-"""Whether the provider accepted a task's create: it has named its id, or the task was silent for its result lifetime.
+"""Whether the provider may have accepted the create of a failed task: it has named its id, the task was silent for its
+result lifetime, or the create ended here before it was known whether it arrived.
 
 Such a create may have been charged, so nothing sends it again. A callback alone is no sign, because a refused create's
 URL may be known to others.
@@ -6,17 +7,31 @@ URL may be known to others.
 
 from __future__ import annotations
 
-from sqlalchemy import func, or_
+from sqlalchemy import and_, func, or_
 from sqlmodel import col
 
 from storage.rows.models import Task
+from storage.rows.task_conditions import DISMISSED
 
 # The error of an accepted task that no report ended.
 NEVER_REPORTED = "never_reported"
+# In the errors of creates that ended here. Such a create may have arrived if it was sent.
+ENDED_ITS_WORKER, NO_ANSWER = "ended its worker", "there was no answer whether it arrived"
 
-_IS_SILENT = func.coalesce(Task.error, "") == NEVER_REPORTED
-WAS_ACCEPTED = or_(col(Task.provider_task_id).is_not(None), _IS_SILENT)
+_ERROR = func.coalesce(Task.error, "")
+_IS_IN_DOUBT = or_(
+    _ERROR.startswith(DISMISSED, autoescape=True),
+    _ERROR.startswith(ENDED_ITS_WORKER, autoescape=True),
+    _ERROR.contains(NO_ANSWER, autoescape=True),
+)
+WAS_ACCEPTED = or_(
+    col(Task.provider_task_id).is_not(None),
+    _ERROR == NEVER_REPORTED,
+    and_(col(Task.sent_at).is_not(None), _IS_IN_DOUBT),
+)
 
 
 def was_accepted(task: Task) -> bool:
-    return task.provider_task_id is not None or task.error == NEVER_REPORTED
+    error = task.error or ""
+    is_in_doubt = error.startswith((DISMISSED, ENDED_ITS_WORKER)) or NO_ANSWER in error
+    return task.provider_task_id is not None or error == NEVER_REPORTED or (task.sent_at is not None and is_in_doubt)

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO, TextIOWrapper
@@ -281,6 +282,21 @@ def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sand
     assert of(parts).retry("night").counts == {"creates_queued": 1}
     assert finish(parts).archived == 2
     assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == 2
+
+
+@pytest.mark.parametrize("end", [{"losses": 6}, {"sent_at": LONG_AGO}], ids=["parked", "no answer"])
+def test_a_create_that_ended_in_doubt_is_not_sent_again(parts: Parts, sandbox: Sandbox, end: dict[str, Any]) -> None:
+    """It may have arrived: it is read, and only a new name pays for it again."""
+    sandbox.set(external_ids=False, create_faults=["5000:created"], query_faults=["5001"])
+    put(parts, LINES[0])
+    run(parts, "creates")
+    with parts.database.write() as session:
+        session.execute(update(Task).values(lease=uuid.uuid4(), **end))
+    parts.submitter.create_step.work(rows(parts)[0])
+    assert (rows(parts)[0].state, of(parts).failed_at_provider("night")) == (TaskState.FAILED, 1)
+    assert of(parts).retry("night").counts == {"reads_due": 1, "files_due": 0}
+    finish(parts)
+    assert len(sandbox.ledger().creates) == 1
 
 
 def test_dismissed_task_of_a_batch_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:

@@ -289,6 +289,18 @@ def test_an_accepted_id_that_was_never_reported_is_not_sent_again(web: Web, part
     assert (task_of(parts, ID).error, len(creates(sandbox))) == (NEVER_REPORTED, 1)
 
 
+@ON_SQLITE
+def test_an_id_dismissed_before_it_was_known_whether_it_arrived_is_not_sent_again(
+    web: Web, parts: Parts, sandbox: Sandbox
+) -> None:
+    """The provider does not enforce ids, so it would make and charge a second task."""
+    sandbox.set(external_ids=False, create_faults=["5000:created"])
+    create(web, {**PLAIN, "external_task_id": ID})
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not needed")
+    again = create(web, {**PLAIN, "prompt": "a ship", "external_task_id": ID})
+    assert (status_and_code(again), len(creates(sandbox))) == ((400, 1201), 1)
+
+
 @pytest.mark.databases("sqlite")
 def test_an_unclear_outcome_is_200_and_resolved_from_the_row(
     web: Web, client: SeedClient, parts: Parts, sandbox: Sandbox
