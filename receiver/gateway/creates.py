@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,7 +214,7 @@ class Creates:
         reply = refused.reply(request_id) if refused else success(created(self._latest(begun)), request_id)
         if ask.key:
             try:
-                self._remember(ask.key, refusal, reply)
+                self._remember(ask.key, begun.task.id, refusal, reply)
             except DatabaseUnavailable as error:
                 log.error("gateway.answer_not_stored", **tasks.named(begun.task), error=str(error))
             except Exception:
@@ -230,12 +231,12 @@ class Creates:
             log.exception("gateway.row_not_read", **tasks.named(begun.task))
         return begun.task
 
-    def _remember(self, key: Key, refusal: Refusal | None, reply: Reply) -> None:
+    def _remember(self, key: Key, task_id: uuid.UUID, refusal: Refusal | None, reply: Reply) -> None:
         with self._database.write() as session:
             if isinstance(refusal, ProviderThrottled):
-                idempotency.give_back(session, key)
+                idempotency.give_back(session, key, task_id)
             else:
-                idempotency.answer(session, key, reply.http_status, reply.body)
+                idempotency.answer(session, key, task_id, reply.http_status, reply.body)
 
     def replay(
         self, ask: CreateRequest, begun: StartedCreate, request_id: str, duplicate_wait: DuplicateWait, *, now: float
@@ -243,30 +244,30 @@ class Creates:
         """The stored answer of the key; None: it may come soon, so look again.
 
         `duplicate_wait`: the same at every call. `now`: monotonic seconds. If no answer comes (after a crash), the
-        answer is the row's state. Raises `Refused` if the key was given back.
+        answer is the row's state. Raises `Refused` if the key was given back, also if a later create has taken it.
         """
         assert ask.key is not None
         with self._database.read() as session:
             first = idempotency.find(session, ask.key)
         task = self._row(begun)
-        if first is None or first.status is not None:
-            return _answered(first)
+        if first is None or first.task_id != task.id or first.status is not None:
+            return _answered(first, task)
         is_under_way = task.step is Step.CREATE and task.lease is not None
         if not duplicate_wait.is_over(is_under_way=is_under_way, now=now):
             return None
         reply = success(created(task, status_of(task, self._response_format.results)), request_id)
         with self._database.write() as session:
-            idempotency.answer(session, ask.key, reply.http_status, reply.body)
+            idempotency.answer(session, ask.key, task.id, reply.http_status, reply.body)
             first = idempotency.find(session, ask.key)  # the first create's own answer, if it came meanwhile
-        return _answered(first)
+        return _answered(first, task)
 
     def _row(self, begun: StartedCreate) -> Task:
         with self._database.read() as session:
             return session.get_one(Task, begun.task.id)
 
 
-def _answered(first: Idempotency | None) -> Reply:
-    if first is None or first.status is None:
+def _answered(first: Idempotency | None, task: Task) -> Reply:
+    if first is None or first.task_id != task.id or first.status is None:
         raise too_fast("the first request with this Idempotency-Key was not accepted; send it again")
     return Reply(first.status, first.answer or {})
 

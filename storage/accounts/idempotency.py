@@ -51,15 +51,15 @@ def point_to(session: Session, key: Key, task_id: uuid.UUID) -> None:
     session.execute(update(Idempotency).where(_is(key)).values(task_id=task_id))
 
 
-def answer(session: Session, key: Key, status: int, body: dict[str, Any]) -> None:
-    """Store the response, unless the key has one already."""
-    unanswered = update(Idempotency).where(_is(key), col(Idempotency.status).is_(None))
+def answer(session: Session, key: Key, task_id: uuid.UUID, status: int, body: dict[str, Any]) -> None:
+    """Store the response of this task's create, unless the key has one already or is another create's by now."""
+    unanswered = update(Idempotency).where(_is(key), _is_of(task_id), col(Idempotency.status).is_(None))
     session.execute(unanswered.values(status=status, answer=body))
 
 
-def give_back(session: Session, key: Key) -> None:
-    """Free a key whose request created nothing, so that the client may use it again."""
-    session.execute(delete(Idempotency).where(_is(key)))
+def give_back(session: Session, key: Key, task_id: uuid.UUID) -> None:
+    """Free this task's key, because its create made nothing, so that the client may use it again."""
+    session.execute(delete(Idempotency).where(_is(key), _is_of(task_id)))
 
 
 def prune_all(database: Database) -> int:
@@ -71,3 +71,7 @@ def prune_all(database: Database) -> int:
 
 def _is(key: Key) -> Any:
     return (col(Idempotency.client) == key.client) & (col(Idempotency.key) == key.word)
+
+
+def _is_of(task_id: uuid.UUID) -> Any:
+    return col(Idempotency.task_id) == task_id

@@ -151,6 +151,21 @@ def test_duplicate_of_a_throttled_create_may_be_sent_again(parts: Parts) -> None
         creates.replay(wanted, twin, "request", duplicate_wait, now=0)
 
 
+@ON_SQLITE
+def test_a_duplicate_answers_for_no_later_create_of_its_key(parts: Parts) -> None:
+    """The first create was throttled and its client repeats it, before the duplicate looks again."""
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
+    wanted, slow = made.read(json.dumps(PLAIN).encode(), "client", "try-1"), ProviderThrottled("slow", code=1303)
+    first, twin = made.begin(wanted), made.begin(wanted)
+    made.conclude(wanted, first, slow, "first")
+    second = made.begin(wanted)
+    with pytest.raises(Refused, match="1302"):
+        made.replay(wanted, twin, "twin", DuplicateWait(0), now=100)
+    own = made.conclude(wanted, second, None, "second")
+    assert (second.first, keys(parts)[0].answer) == (True, own.body)
+    assert own.body["data"]["task_id"] == str(second.task.id)
+
+
 @pytest.mark.parametrize("seconds", [2.5, 19.0, 20.5])
 def test_duplicates_get_the_creates_own_answer_however_long_it_took(
     seconds: float, parts: Parts, sandbox: Sandbox
