@@ -23,6 +23,8 @@ ACCOUNT_CODES = frozenset({1000, 1001, 1002, 1003, 1004, 1100, 1101, 1102, 1304}
 MODEL_CODE = 1103
 # A gateway's answers to a call it does not have. Kling's own answer for an unknown task is 400/1201.
 NO_ROUTE = frozenset({404, 405, 501})
+# The timeouts of proxies, which may have passed the request on. Many repeat the HTTP status as their `code`.
+TIMED_OUT = frozenset({408, 499})
 # 1201 is also the code of any invalid parameter. Only the message distinguishes them.
 EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
 NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)
@@ -67,6 +69,8 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
         return Unavailable(words, after=answer.after)
     if not refuses and 200 <= status < 300:
         return None  # unknown codes too: gateways have their own codes for success
+    if not refuses and status in TIMED_OUT:
+        return NotKling(words, after=answer.after)
     unknown_task = not creating and 400 <= status < 500 and NOT_FOUND.search(answer.message)
     if refuses or unknown_task or (code and 400 <= status < 500) or status in (403, 413):
         return _definite(answer, creating=creating)

@@ -239,6 +239,8 @@ def test_answer_of_a_full_account_says_when_to_retry(
         (200, {"code": 0, "data": {"task_id": None, "task_status": "submitted"}}),
         (200, b" " * (MAX_ANSWER_BYTES + 1)),
         (404, {"error": "no such route"}),
+        (408, {"code": 408, "message": "the upstream did not answer in time"}),
+        (499, {"code": 499, "message": "closed"}),
         (200, hang_up),
     ],
 )
