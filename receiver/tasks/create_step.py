@@ -352,8 +352,9 @@ class CreateStep:
     ) -> bool:
         """End the create step. The ranks of states decide, because a callback may have come before this answer.
 
-        `is_found` False: no query finds the task. Unless it has an id of the provider, it is read at once, and its note
-        says so. Returns whether the lease was still ours and the row took the report's state.
+        `is_found` False: no query finds the task, which was called back. The row keeps that fact, because deliveries
+        are pruned. Unless it has an id of the provider, it is read at once, and its note says so. Returns whether the
+        lease was still ours and the row took the report's state.
         """
         if report.status is None:
             report = Report(report.provider_task_id, report.external_task_id, TaskState.SUBMITTED)
@@ -364,6 +365,8 @@ class CreateStep:
             row.note, row.step = tasks.request_note(row), None
             row.request = self._provider.redacted(row.request)
             reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
+            if not is_found:
+                row.called_back_at = max(row.called_back_at or row.created_at, row.created_at)
             if not is_found and row.provider_task_id is None:
                 row.note = tasks.NOT_FOUND
                 reports.reschedule(session, row, self._schedule, read_now=True)

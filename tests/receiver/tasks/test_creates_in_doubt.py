@@ -22,6 +22,7 @@ from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import create_step, reconcile
 from receiver.tasks.apply_deliveries import BY_READ, KNOWN, OTHERWISE
+from receiver.tasks.operate import Operator
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows import tasks
 from storage.rows.deliveries import AWAITS_READ, Delivery, store
@@ -222,6 +223,29 @@ def test_a_task_that_is_never_found_ends_with_the_result_lifetime(parts: Parts, 
     run(parts, "reads")
     found = task_of(parts, ID)
     assert (found.state, found.error, found.step) == (TaskState.FAILED, "never_reported", None)
+    assert len(creates(sandbox)) == 1
+
+
+def test_a_task_that_was_called_back_stays_so_when_the_delivery_is_pruned(parts: Parts, sandbox: Sandbox) -> None:
+    """Its signature was refused, so that nothing but the delivery showed that the create arrived."""
+    commit_delivery(parts, submit_request(parts), body("processing"), state=CallbackState.REJECTED)
+    look_up_twice(parts)
+    operator = Operator(parts.database, parts.providers, parts.schedule)
+    operator.dismiss(ID, "silent")
+    assert operator.prune(timedelta(0)).counts["deliveries"] == 1
+    submit_request(parts, adopt=True)
+    assert go_on(parts, missed_at=LONG_AGO).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 1
+
+
+def test_a_retry_of_a_task_that_ended_in_doubt_reads_the_ids_in_its_deliveries(parts: Parts, sandbox: Sandbox) -> None:
+    deliver(parts, submit_request(parts), record_of(parts, sandbox))
+    look_up_twice(parts)
+    operator = Operator(parts.database, parts.providers, parts.schedule)
+    operator.dismiss(ID, "silent")
+    sandbox.world.advance(time.time() + 10_000)
+    assert operator.retry(ID).left == {}
+    assert drain(parts, ID).archive is ArchiveState.ARCHIVED
     assert len(creates(sandbox)) == 1
 
 
