@@ -20,7 +20,7 @@ from receiver.providers.base import Provider, Record
 from receiver.providers.task_lookup import read_task
 from receiver.tasks import apply_deliveries
 from storage import states
-from storage.accounts.accepted_creates import NEVER_REPORTED, was_accepted
+from storage.accounts.accepted_creates import NEVER_REPORTED
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ReportUnreadable, Retry
@@ -139,8 +139,8 @@ class Reader:
             external_task_id=row.external_task_id,
             made_at=row.created_at,
         )
-        has_no_id = row.provider_task_id is None and (row.state is not TaskState.FAILED or was_accepted(row))
-        return self._read_delivered(row) if record is None and has_no_id else record
+        is_without_id = record is None and row.provider_task_id is None
+        return self._read_delivered(row) if is_without_id else record
 
     def _read_delivered(self, row: Task) -> Record | None:
         """Read a task that has no id of the provider under those that its deliveries name.

@@ -249,6 +249,15 @@ def test_a_retry_of_a_task_that_ended_in_doubt_reads_the_ids_in_its_deliveries(p
     assert len(creates(sandbox)) == 1
 
 
+def test_a_picture_of_a_create_that_was_sent_again_and_refused_is_kept(parts: Parts, sandbox: Sandbox) -> None:
+    """The first create had arrived, and its callback comes after the refusal of the second."""
+    sandbox.set(create_faults=["5000:created", "1301"])
+    task = submit_request(parts)
+    assert look_up_twice(parts).state is TaskState.FAILED
+    deliver(parts, task, record_of(parts, sandbox, ended=True))
+    assert drain(parts, ID).archive is ArchiveState.ARCHIVED
+
+
 def test_a_signed_success_ends_its_archive_though_no_query_is_answered(parts: Parts, sandbox: Sandbox) -> None:
     task = submit_request(parts)
     deliver(parts, task, record_of(parts, sandbox, ended=True), webhook_id="msg_1")
