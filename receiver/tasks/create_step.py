@@ -273,7 +273,7 @@ class CreateStep:
             else:
                 self._unanswered(task, error)
             return
-        if record is not None and (task.adopt or _is_ours(task, record.report, already)):
+        if record is not None and (task.adopt or _is_ours(task, record.report, already, self._database.now())):
             self._accept(task, record)
         elif self._was_called_back(task):
             self._accept_unfound(task)
@@ -390,8 +390,12 @@ def _is_called_back(session: Session, task: Task) -> bool:
     return bool(execute(session, _CALLED_BACK, {"wanted": task.id}).rows)
 
 
-def _is_ours(task: Task, report: Report, already: AlreadyExists | None) -> bool:
-    """Whether the task read back was made by our request, and not earlier by someone else."""
-    if report.created_ms is None:
-        return already is None  # A gateway omits the time. The task is ours only if our own request was unclear.
-    return datetime.fromtimestamp(report.created_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE
+def _is_ours(task: Task, report: Report, already: AlreadyExists | None, now: datetime) -> bool:
+    """Whether the task read back was made by our request, and not earlier by someone else.
+
+    A gateway may omit its time, and a row of the future was made before the clock was set back. The task is then ours
+    only if our own request was unclear.
+    """
+    made_ms = report.created_ms
+    is_younger = made_ms and datetime.fromtimestamp(made_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE
+    return bool(is_younger) or (already is None and (made_ms is None or task.created_at > now))

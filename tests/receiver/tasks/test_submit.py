@@ -431,6 +431,15 @@ def test_an_unclear_answer_for_an_older_task_is_a_conflict(parts: Parts, sandbox
     assert "--adopt" in (go_on(parts).error or "")
 
 
+@ONE_DATABASE
+def test_an_unclear_create_from_a_clock_that_was_ahead_is_ours(parts: Parts, sandbox: Sandbox) -> None:
+    """The clock was set back before the task was read, so its row seems younger than the task."""
+    sandbox.set(create_faults=["5000:created"])
+    submit_request(parts)
+    found = go_on(parts, created_at=parts.database.now() + timedelta(hours=1))
+    assert (found.state, len(creates(sandbox))) == (TaskState.SUBMITTED, 1)
+
+
 # -- callbacks that overtake the answer ---------------------------------------------------------------------------
 
 
