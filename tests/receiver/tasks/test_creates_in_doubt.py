@@ -255,6 +255,9 @@ def test_a_picture_of_a_create_that_was_sent_again_and_refused_is_kept(parts: Pa
     task = submit_request(parts)
     assert look_up_twice(parts).state is TaskState.FAILED
     deliver(parts, task, record_of(parts, sandbox, ended=True))
+    wanted = parts.submitter.row(parts.submitter.parse({**REQUEST, "prompt": "another"}), ID)
+    with parts.database.write() as session:
+        assert parts.submitter.insert_again(session, wanted) is None, "a read may show that the id is taken"
     assert drain(parts, ID).archive is ArchiveState.ARCHIVED
 
 
