@@ -25,6 +25,7 @@ from storage.circuit import PAUSE_CAP_SECONDS, Circuit
 from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.rows import tasks
+from storage.rows.events import EventName
 from storage.rows.models import Event, Task
 
 NAME = "client"
@@ -115,13 +116,18 @@ class Clients:
         return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome
 
     def _task_and_body(self, event: Event) -> tuple[Task | None, bytes | None]:
-        """The task, and the body that tells its client about this event."""
+        """The task, and the body that tells its client about this event. None also for an event of an earlier, refused
+        create with the same id, whose client has its answer.
+        """
         with self._database.read() as session:
             task = session.get(Task, event.task_id)
             if task is None:
                 return None, None
-            before = select(Event.name).where(Event.task_id == task.id, col(Event.seq) < event.seq)
-            earlier = list(session.exec(before.order_by(col(Event.seq))))
+            of_task = select(Event.id, Event.seq, Event.name).where(Event.task_id == task.id)
+            every = session.exec(of_task.order_by(col(Event.seq))).all()
+            if any(name == EventName.TASK_CREATED and (number or 0) > (event.id or 0) for number, _, name in every):
+                return task, None
+            earlier = [name for _, seq, name in every if seq is not None and seq < (event.seq or 0)]
             assets = tasks.assets_of(session, task.id)
         return task, callback_body(
             task, assets, event.name, at=event.at, earlier=earlier, response_format=self._response_format

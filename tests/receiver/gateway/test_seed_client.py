@@ -18,7 +18,7 @@ from receiver.gateway.api_keys import fingerprint
 from receiver.sandbox import Sandbox
 from tests.harness import wait_until
 from tests.pipeline import Web
-from tests.receiver.gateway.test_gateway import CHANGES, ID, KEY
+from tests.receiver.gateway.test_gateway import CHANGES, ID, KEY, PATH
 from tests.seed_client import EXAMPLE, SeedClient
 from tests.unreported_tasks import go_on_after
 from tests.webhook_receiver import Hook
@@ -68,3 +68,22 @@ def test_a_client_that_changes_its_base_url_gets_its_pictures(
     assert kept == [asset.sha256 for asset in sandbox.ledger().task(ID).assets]
     assert all(each["url"].startswith(f"{web.url}/assets/") for each in task["task_result"]["images"])
     assert hook.url not in str(sandbox.ledger().to_json())
+
+
+@pytest.mark.databases("sqlite")
+def test_the_refusal_of_an_earlier_create_is_not_told_of_a_later_one(
+    web: Web, parts: Parts, sandbox: Sandbox, hook: Hook
+) -> None:
+    """The client sends a refused id again before the events of the first create are numbered."""
+    sandbox.set(create_faults=["1303"], submitted_seconds=3_600)
+    body = {**EXAMPLE, "callback_url": hook.url, "external_task_id": ID}
+    answers = [httpx.post(web.url + PATH, headers={"Authorization": f"Bearer {KEY}"}, json=body) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [429, 200]
+
+    def is_told() -> bool:
+        parts.sequence()
+        parts.worker().run_until_idle()
+        return bool(callback_bodies(hook))
+
+    wait_until(is_told, seconds=60)
+    assert [each["task_status"] for each in callback_bodies(hook)] == ["submitted"]
