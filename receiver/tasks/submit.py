@@ -162,8 +162,8 @@ class Submitter:
         """Send the request again with the row of the same external id, whose create the provider refused.
 
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
-        the id is taken, also by a create that may have been accepted, or whose task is to be read. Raises `NoSlots` and
-        `AccountRefused`.
+        the id is taken: also by a create that may have been accepted, one whose task is to be read, and another request
+        of a batch. Raises `NoSlots` and `AccountRefused`.
         """
         wanted.queued_at, wanted.slots = None, abs(wanted.slots)  # `insert` may have put it into the queue
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
@@ -176,6 +176,8 @@ class Submitter:
             return None
         if row.step is not None or row.lease is not None or row.deleted_at is not None:
             return None  # a read that waits may show that the provider has the task
+        if row.batch_id is not None and row.request_hash != wanted.request_hash:
+            return None  # the batch would lose this line's order
         if not free and not is_late:
             raise NoSlots(ALL_HELD)
         row.slots = wanted.slots

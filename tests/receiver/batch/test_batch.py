@@ -299,6 +299,20 @@ def test_a_create_that_ended_in_doubt_is_not_sent_again(parts: Parts, sandbox: S
     assert len(sandbox.ledger().creates) == 1
 
 
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("is_other", [True, False])
+def test_a_refused_line_is_replaced_by_no_other_request(parts: Parts, sandbox: Sandbox, is_other: bool) -> None:
+    """A client of the gateway sends its id."""
+    sandbox.set(create_faults=["1301"])
+    put(parts, LINES[0])
+    run(parts, "creates")
+    row = rows(parts)[0]
+    request = parts.submitter.parse({**row.request, "prompt": "a ship"} if is_other else row.request)
+    with parts.database.write() as session:
+        again = parts.submitter.insert_again(session, parts.submitter.row(request, row.external_task_id))
+    assert (again is None, rows(parts)[0].request["prompt"]) == (is_other, "boat 0")
+
+
 def test_dismissed_task_of_a_batch_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, *LINES[:2])
     dismiss(parts, rows(parts)[0])
