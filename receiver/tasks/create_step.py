@@ -393,9 +393,12 @@ def _is_called_back(session: Session, task: Task) -> bool:
 def _is_ours(task: Task, report: Report, already: AlreadyExists | None, now: datetime) -> bool:
     """Whether the task read back was made by our request, and not earlier by someone else.
 
-    A gateway may omit its time, and a row of the future was made before the clock was set back. The task is then ours
-    only if our own request was unclear.
+    A query takes either id, so it may find a task whose own id is our external id. A gateway may omit its time, and a
+    row of the future was made before the clock was set back. The task is then ours only if our own request was unclear.
     """
+    has_other_name = report.external_task_id not in (None, task.external_task_id)
+    if has_other_name and report.provider_task_id == task.external_task_id:
+        return False
     made_ms = report.created_ms
     is_younger = made_ms and datetime.fromtimestamp(made_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE
     return bool(is_younger) or (already is None and (made_ms is None or task.created_at > now))

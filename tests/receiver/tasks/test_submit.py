@@ -24,7 +24,7 @@ from storage.rows.claims import BACKOFF_CAP_SECONDS
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, settings_for, task_of
+from tests.pipeline import Web, run, settings_for, task_of
 from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, drawn, encoded, unanswered
 
@@ -438,6 +438,20 @@ def test_an_unclear_create_from_a_clock_that_was_ahead_is_ours(parts: Parts, san
     submit_request(parts)
     found = go_on(parts, created_at=parts.database.now() + timedelta(hours=1))
     assert (found.state, len(creates(sandbox))) == (TaskState.SUBMITTED, 1)
+
+
+@ONE_DATABASE
+def test_a_task_whose_own_id_is_our_external_id_is_not_ours(parts: Parts, sandbox: Sandbox) -> None:
+    """A query takes either id, so it finds the other task."""
+    other = submit_request(parts, "first").provider_task_id
+    assert other is not None
+    sandbox.set(create_faults=["5000"])
+    submit_request(parts, other)
+    with parts.database.write() as session:
+        session.execute(update(Task).where(Task.external_task_id == other).values(due_at=LONG_AGO))
+    run(parts, "creates")
+    found = task_of(parts, other)
+    assert (found.state, found.provider_task_id) == (TaskState.FAILED, None)
 
 
 # -- callbacks that overtake the answer ---------------------------------------------------------------------------
