@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from receiver.providers.base import NoSuchCall, Provider, Record
 from storage.accounts.rate_limit import ReadRateLimit
+from storage.states import Report
 
 # Kling lists up to 500 a page, newest first (KLING §3). Twenty pages are 10,000 newer tasks.
 PAGE_SIZE = 500
@@ -32,6 +33,12 @@ def read_task(
         return provider.read(provider_task_id=provider_task_id, external_task_id=external_task_id)
     except NoSuchCall:
         return _listed(provider, limit, {provider_task_id, external_task_id} - {None}, made_at)
+
+
+def is_namesake(report: Report, external_task_id: str) -> bool:
+    """Whether it is of another task whose own id is our external id: the provider's read takes either id."""
+    has_other_name = report.external_task_id not in (None, external_task_id)
+    return has_other_name and report.provider_task_id == external_task_id
 
 
 def _listed(

@@ -25,7 +25,7 @@ from sqlalchemy import and_, bindparam, exists, or_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
-from receiver.providers.task_lookup import read_task
+from receiver.providers.task_lookup import is_namesake, read_task
 from receiver.tasks.apply_deliveries import decide_again
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.lease_renewal import renewing_lease
@@ -393,11 +393,10 @@ def _is_called_back(session: Session, task: Task) -> bool:
 def _is_ours(task: Task, report: Report, already: AlreadyExists | None, now: datetime) -> bool:
     """Whether the task read back was made by our request, and not earlier by someone else.
 
-    A query takes either id, so it may find a task whose own id is our external id. A gateway may omit its time, and a
-    row of the future was made before the clock was set back. The task is then ours only if our own request was unclear.
+    A gateway may omit its time, and a row of the future was made before the clock was set back. The task is then ours
+    only if our own request was unclear.
     """
-    has_other_name = report.external_task_id not in (None, task.external_task_id)
-    if has_other_name and report.provider_task_id == task.external_task_id:
+    if is_namesake(report, task.external_task_id):
         return False
     made_ms = report.created_ms
     is_younger = made_ms and datetime.fromtimestamp(made_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE

@@ -17,7 +17,7 @@ from sqlalchemy import and_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider, Record
-from receiver.providers.task_lookup import read_task
+from receiver.providers.task_lookup import is_namesake, read_task
 from receiver.tasks import apply_deliveries
 from storage import states
 from storage.accounts.accepted_creates import NEVER_REPORTED
@@ -139,8 +139,10 @@ class Reader:
             external_task_id=row.external_task_id,
             made_at=row.created_at,
         )
-        is_without_id = record is None and row.provider_task_id is None
-        return self._read_delivered(row) if is_without_id else record
+        if row.provider_task_id is not None:
+            return record
+        is_ours = record is not None and not is_namesake(record.report, row.external_task_id)
+        return record if is_ours else self._read_delivered(row)
 
     def _read_delivered(self, row: Task) -> Record | None:
         """Read a task that has no id of the provider under those that its deliveries name.

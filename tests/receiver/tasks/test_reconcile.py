@@ -131,6 +131,23 @@ def test_a_task_missing_everywhere_is_read_again_later(unpaced: Parts, sandbox: 
 
 
 @pytest.mark.databases("sqlite")
+def test_a_read_finds_no_task_whose_own_id_is_our_external_id(one_by_one: Parts, sandbox: Sandbox) -> None:
+    """A query takes either id, so it finds the other task."""
+    (other,) = submit(one_by_one, 1)
+    wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})
+    insert_row(
+        one_by_one,
+        external_task_id=str(other.provider_task_id),
+        due_at=LONG_AGO,
+        submitted_at=one_by_one.database.now(),
+    )
+    run(one_by_one, "reads")
+    row = task_of(one_by_one, str(other.provider_task_id))
+    assert (row.state, row.provider_task_id, row.polls) == (TaskState.SUBMITTED, None, 1)
+    assert task_of(one_by_one, other.external_task_id).state is TaskState.SUCCEEDED
+
+
+@pytest.mark.databases("sqlite")
 def test_a_batch_call_that_knows_nothing_is_not_tried_again(unpaced: Parts, sandbox: Sandbox) -> None:
     """Some gateways answer every batch read with an empty list."""
     asks = reader(unpaced)
