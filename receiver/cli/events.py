@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receiver.base.sink_setting import names_matching
 from receiver.cli.opening import opened
 from receiver.cli.operate import MAX_SHOWN, DryRun, Json
 from receiver.cli.terminal import cell, say, say_json, show
@@ -160,6 +159,7 @@ def tail(
     """Print events in the order in which they happened: the last ones, or all after a number."""
     import time
 
+    from receiver.base.sink_setting import names_matching
     from storage.rows import events
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -46,6 +47,14 @@ def test_help_and_version_in_a_process(receiver: CommandLine) -> None:
     assert shown.code == 0
     assert all(f" {verb} " in shown.out for verb in VERBS)
     assert receiver("--version") == Done(0, f"{package.__version__}\n", "")
+
+
+def test_the_verbs_import_what_they_use_when_they_run() -> None:
+    """SQLAlchemy, boto3 and their like take 0.7 s, which the help and a mistyped option would wait for."""
+    heavy = {"sqlalchemy", "sqlmodel", "httpx", "botocore", "pydantic", "starlette", "structlog"}
+    lines = f"import receiver.cli.main, sys; print(*({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", lines], check=True, capture_output=True, timeout=60)
+    assert done.stdout.split() == []
 
 
 def test_help_needs_no_settings_and_reads_no_env_file(receiver: CommandLine) -> None:
