@@ -26,7 +26,7 @@ from storage.operations import maintenance
 from storage.rows import claims, events, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
-from storage.states import CallbackState, Report, TaskState
+from storage.states import CallbackState, Report, Step, TaskState
 
 T = TypeVar("T")
 
@@ -138,7 +138,15 @@ class Adopter:
                 tally.left[name] = "its create failed here: `receiver submit --adopt` with its request takes it over"
             else:
                 tally.counts["known"] += 1
+                self._look_up_instead(session, task, report)
         return False
+
+    def _look_up_instead(self, session: Session, task: Task, report: Report) -> None:
+        """Let a create that waits to be sent be looked up: a restored backup has it from before it was sent."""
+        row = tasks.lock(session, task.id)
+        if row is not None and row.step is Step.CREATE and row.lease is None and row.sent_at is None:
+            row.sent_at = max(row.created_at, _made_at(report) or row.created_at)
+            session.flush()
 
     def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> bool:
         """Insert a task row like one that we made, with its first read as a delivery. Workers do the rest."""

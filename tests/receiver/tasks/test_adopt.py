@@ -16,7 +16,7 @@ from storage.states import ArchiveState, CallbackState, Step, TaskState
 from tests.harness import wait_until
 from tests.pipeline import assert_archived, callback_of, deliver, drain, insert_row, run, task_of
 from tests.receiver.tasks.test_operate import ASKED, counted, everything
-from tests.rows import event_names
+from tests.rows import LONG_AGO, event_names
 
 DAY = timedelta(days=1)
 
@@ -100,6 +100,19 @@ def test_rows_of_an_old_backup_get_no_number_that_readers_have_seen(
     parts.sequence()
     with parts.database.read() as session:
         assert [event.name for event, _ in events.after(session, 77, 10)] == ["task.created"]
+
+
+def test_a_queued_create_of_an_old_backup_is_looked_up_and_not_sent_again(
+    parts: Parts, sandbox: Sandbox, adopter: Adopter
+) -> None:
+    """Not every gateway refuses an external id that was used."""
+    created = {"step": Step.CREATE, "state": TaskState.CREATED, "due_at": LONG_AGO}
+    insert_row(parts, external_task_id="sent-since", request=ASKED, **created)
+    theirs = made_elsewhere(sandbox, "sent-since")
+    assert counted(adopter.take_listed(DAY)) == {"known": 1}
+    run(parts, "creates")
+    assert task_of(parts, "sent-since").provider_task_id == theirs["task_id"]
+    assert [name for name in sandbox.ledger().counts if name.startswith("create:")] == ["create:0"]
 
 
 def test_dry_run_adopts_nothing(parts: Parts, sandbox: Sandbox) -> None:
