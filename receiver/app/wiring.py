@@ -19,6 +19,7 @@ from receiver.events.make import make
 from receiver.gateway import client_callback
 from receiver.gateway.answers import ResponseFormat
 from receiver.local_store import serve_store
+from receiver.providers import registry
 from receiver.providers.base import Provider
 from receiver.providers.kling.client import Kling
 from receiver.tasks.apply_deliveries import Confirmation, trusted_hosts
@@ -50,10 +51,10 @@ if TYPE_CHECKING:
 WEB_THREADS = 180
 # A download may take TOTAL_SECONDS, or as long as the largest file allowed takes at this speed.
 SLOWEST_BYTES_PER_SECOND = 450_000.0
-# The source of events (CloudEvents) where the installation has no public URL.
 # Without a public URL nothing calls back: reads 5, 15, 35 and 75 s after a create, then by RECEIVER_POLL_AFTER_SECONDS.
 # A picture takes the provider some ten seconds or more; four reads more a task are far below its rate limit.
 FIRST_POLL_SECONDS = (5.0, 10.0, 20.0, 40.0)
+# The source of events (CloudEvents) where the installation has no public URL.
 NAMELESS = "urn:kling-receiver"
 
 
@@ -88,16 +89,7 @@ class Parts:
 
     @cached_property
     def kling(self) -> Kling:
-        chosen = self.settings
-        return Kling(
-            base_url=chosen.kling_base_url,
-            api_key=chosen.kling_api_key,
-            access_key=chosen.kling_access_key,
-            secret_key=chosen.kling_secret_key,
-            webhook_secrets=chosen.kling_webhook_secrets,
-            circuit=self.provider_circuit,
-            proxy=chosen.egress_proxy,
-        )
+        return registry.make_kling(self.settings, self.provider_circuit)
 
     @cached_property
     def provider_circuit(self) -> Circuit:
