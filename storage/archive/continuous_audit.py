@@ -156,9 +156,7 @@ class ContinuousAudit:
         return row
 
     def _begin_round(self, row: RollingAudit, now: datetime) -> None:
-        """Begin a round unless one is under way. One that a clock that was ahead began goes on as if begun now: before
-        its time it would audit nothing.
-        """
+        """Begin a round unless one is under way. One of a clock that was ahead goes on as if begun now."""
         if not row.checked:
             row.checked = Round().as_json()
         elif row.round_started_at is not None and row.round_started_at <= now:

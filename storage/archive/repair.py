@@ -84,9 +84,7 @@ class Repairer:
         return None
 
     def _keep_damaged(self, task: Task, asset: Asset, file: BinaryIO, sha256: str) -> bool:
-        """Copy the bytes and note the copy. False: another repair was faster, and a worker may have put the right bytes
-        since, which must not be removed.
-        """
+        """Copy the bytes and note the copy. False: another repair was faster, so the key may hold the right bytes."""
         extension = str(asset.key).rpartition(".")[2]
         key = object_key(
             self._bucket.prefix, task.created_at, task.external_task_id, asset.kind, asset.index, sha256, extension
