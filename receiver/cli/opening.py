@@ -24,6 +24,7 @@ def opened(
     store: Path | None = None,
     starts_store: bool = False,
     asks_provider: bool = False,
+    pays: bool = False,
     **settings: Any,
 ) -> Iterator[Parts]:
     """The parts for a command, closed at its end.
@@ -31,7 +32,7 @@ def opened(
     `migrate`: the command makes rows, so it may create the schema if the settings allow it; otherwise nothing is
     created. `ready`: check the schema first. `quiet`: log only warnings. `store`: the folder of a local store;
     `starts_store`: the command needs it running. `asks_provider`: say which `.env` decided where the key goes.
-    `settings`: values from the command's options.
+    `pays`: the command itself sends what is paid for. `settings`: values from the command's options.
     """
     with collector_paused():
         import_without_rich()
@@ -49,6 +50,8 @@ def opened(
             parts = Parts(chosen)
         try:
             with explained(parts.database):
+                if pays:
+                    _require_served(parts)
                 if ready:
                     parts.database.bound_waits()
                     process.ready_schema(parts.database, migrate=migrate and chosen.migrates_on_start)
@@ -83,6 +86,26 @@ def _announce(settings: Settings, asks_provider: bool) -> None:
         say(f"settings: {path} was read", err=True)
     if warning := serve_store.other_database(settings):
         say(f"warning: {warning}", err=True)
+
+
+def _require_served(parts: Parts) -> None:
+    """Refuse to pay for pictures that nobody fetches: in a database that only the current folder decides, beside the
+    one of the store, and without a worker. Raises `UserError`.
+    """
+    from receiver.local_store import serve_store
+    from storage.errors import UserError
+    from storage.operations import heartbeats
+    from storage.rows import migrations
+
+    database = parts.database
+    file = Path(database.url.database or "")
+    if not database.is_sqlite or file.is_absolute() or not serve_store.other_database(parts.settings):
+        return
+    if file.is_file() and migrations.current(database) == migrations.head() and heartbeats.count_alive(database):
+        return
+    raise UserError(f"nothing was sent, because no worker serves {file.absolute()}. To use it all the same, start "
+                    "`receiver serve` in this folder first, or name the file by its whole path: "
+                    f"RECEIVER_DATABASE_URL=sqlite:///{file.absolute()}")  # fmt: skip
 
 
 def _unknown() -> Iterator[str]:

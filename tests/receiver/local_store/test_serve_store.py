@@ -23,6 +23,8 @@ from receiver.base import config
 from receiver.local_store import serve_store
 from receiver.local_store.seaweed import GRPC_OFFSET, is_free
 from receiver.sandbox import Knobs, Sandbox
+from storage.database.sessions import Database
+from storage.operations import heartbeats
 from tests.command_line import CommandLine, Done
 from tests.forked import Forked
 from tests.harness import wait_until
@@ -246,13 +248,53 @@ def test_store_and_endpoint_together_are_refused(receiver: CommandLine) -> None:
     )
 
 
-def test_a_command_from_another_folder_names_the_database_of_the_store(receiver: CommandLine, tmp_path: Path) -> None:
-    (receiver.folder / "receiver.db").touch()
-    (receiver.folder / "kept").mkdir()
+@dataclass(frozen=True)
+class Folders:
+    """A store that was served with the tasks of `home`, and another folder."""
+
+    home: CommandLine
+    elsewhere: CommandLine
+
+
+@pytest.fixture
+def folders(receiver: CommandLine) -> Folders:
+    store = receiver.folder / "kept"
+    store.mkdir()
     recorded = {"access_key": "a", "secret_key": "b", "ports": {"s3": 1}, "database": f"{receiver.folder}/receiver.db"}
-    (receiver.folder / "kept" / "store.json").write_text(json.dumps(recorded))
-    (elsewhere := tmp_path / "elsewhere").mkdir()
-    there = replace(receiver, folder=elsewhere)
-    done = there("status", RECEIVER_STORE=str(receiver.folder / "kept"))
-    assert f"with the tasks in {receiver.folder}/receiver.db, and this command uses {elsewhere}/receiver.db" in done.err
-    assert "warning" not in receiver("status", RECEIVER_STORE="kept").err
+    (store / "store.json").write_text(json.dumps(recorded))
+    (elsewhere := receiver.folder / "elsewhere").mkdir()
+    home = replace(receiver, variables={**receiver.variables, "RECEIVER_STORE": str(store)})
+    assert home("migrate").code == 0
+    return Folders(home, replace(home, folder=elsewhere))
+
+
+def test_a_command_from_another_folder_names_the_database_of_the_store(folders: Folders) -> None:
+    home, there = folders.home.folder, folders.elsewhere.folder
+    done = folders.elsewhere("status")
+    assert f"with the tasks in {home}/receiver.db, and this command uses {there}/receiver.db" in done.err
+    assert "warning" not in folders.home("status").err
+
+
+SEND = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
+
+
+def test_a_paid_request_from_another_folder_is_refused_while_no_worker_serves_its_database(
+    folders: Folders, sandbox: Sandbox
+) -> None:
+    file = folders.elsewhere.folder / "receiver.db"
+    done = folders.elsewhere(*SEND)
+    assert (done.code, done.out, file.exists()) == (1, "", False)
+    assert f"nothing was sent, because no worker serves {file}" in done.err
+    assert folders.elsewhere("migrate").code == 0
+    assert (folders.elsewhere(*SEND).code, len(sandbox.ledger().creates)) == (1, 0)
+
+
+def test_a_paid_request_is_sent_where_its_database_is_meant(folders: Folders, sandbox: Sandbox) -> None:
+    whole_path = f"sqlite:///{folders.elsewhere.folder}/receiver.db"
+    assert folders.elsewhere(*SEND, RECEIVER_DATABASE_URL=whole_path).code == 0
+    database = Database(whole_path)
+    heartbeats.register(database, threads=1)
+    database.close()
+    assert folders.elsewhere(*SEND).code == 0
+    assert folders.home(*SEND).code == 0
+    assert len(sandbox.ledger().creates) == 3
