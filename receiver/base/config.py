@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -220,6 +221,12 @@ class Settings(BaseSettings):
         return self.database_url.get_secret_value().startswith("sqlite")
 
 
+class _WithoutBucket(Settings):
+    """The settings of a command that neither reads nor writes objects."""
+
+    s3_bucket: Bucket = Field(default="", validate_default=False)
+
+
 class _SecretFiles(PydanticBaseSettingsSource):
     """`RECEIVER_X_FILE=/run/secrets/x`, in `.env` as well: the file's text without its last line break."""
 
@@ -249,9 +256,10 @@ def private_pairs(entries: tuple[str, ...]) -> frozenset[tuple[str, int]]:
     return frozenset((host.strip("[]").lower(), int(port)) for host, _, port in parts)
 
 
-def load(**overrides: Any) -> Settings:
+def load(*, needs_bucket: bool = True, **overrides: Any) -> Settings:
     """Read the settings; keyword arguments win over the environment.
 
+    `needs_bucket`: if False, `s3_bucket` may be unset, and is empty then.
     Raises `SettingsInvalid` with one line per fault, each naming its variable. No line shows a value, which may be a
     secret.
     """
@@ -262,6 +270,9 @@ def load(**overrides: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
+        if not needs_bucket:
+            with suppress(ValidationError):
+                return _WithoutBucket(**given)
         raise SettingsInvalid("\n".join([*_lines(error), *_rest(error, given)])) from None
 
 

@@ -38,7 +38,7 @@ MAX_SHOWN = 200
 @app.command("status")
 def status(name: Name, wait: Wait = False, as_json: Json = False) -> None:
     """Show the progress of a batch. Exit code 1 unless all its tasks are archived."""
-    with opened() as parts:
+    with opened(needs_bucket=False) as parts:
         counts = _watch(parts, name) if wait else _batches(parts).counts(name)
         _show(parts, name, counts, as_json=as_json)
 
@@ -48,7 +48,7 @@ def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: J
     """List the newest batches and their progress."""
     from receiver.batch.batch_view import words
 
-    with opened() as parts:
+    with opened(needs_bucket=False) as parts:
         found = _batches(parts).newest(limit)
     if as_json:
         say_json([{"batch": batch.name, **_counts(counts)} for batch, counts in found])
@@ -126,7 +126,7 @@ def export(
     """Write the report: every task in the order of the file, with the keys of its archived files."""
     from receiver.batch import batch_report
 
-    with opened() as parts:
+    with opened(needs_bucket=False) as parts:
         lines = batch_report.lines(parts.database, _batches(parts), name)
         _batches(parts).counts(name)  # fails for an unknown batch before the file is created
         if output is not None:

@@ -47,7 +47,7 @@ def list_(
     from storage.states import DispatchState
 
     wanted = [DispatchState.DEAD] * (dead or not is_open) + [DispatchState.DUE] * (is_open or not dead)
-    with opened() as parts, parts.database.read() as session:
+    with opened(needs_bucket=False) as parts, parts.database.read() as session:
         found = [
             _shown(*each)
             for state in wanted
@@ -122,7 +122,7 @@ def redeliver(
     from storage.operations import outbox
 
     count, seen = 0, set[int]()
-    with opened() as parts:
+    with opened(needs_bucket=False) as parts:
         known = sorted(each.sink for each in parts.subscriptions)
         for page in outbox.pages_to_redeliver(parts.database, number or [], sink, PAGE):
             with change(parts.database, dry_run=dry_run) as session:
@@ -166,7 +166,7 @@ def tail(
         names = names_matching(word for word in types.split(",") if word)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--types") from None
-    with opened() as parts:
+    with opened(needs_bucket=as_json) as parts:  # an event in JSON names the bucket
         with parts.database.read() as session:
             last = after if after is not None else _before_the_last(session, TAIL)
         while True:
@@ -203,7 +203,7 @@ def enable(name: Annotated[str, typer.Argument(help="Name of the sink.")], as_js
     """Queue events for a disabled sink again, from now on. `redeliver --all-dead --sink` sends the missed ones."""
     from storage.operations import outbox
 
-    with opened() as parts, parts.database.write() as session:
+    with opened(needs_bucket=False) as parts, parts.database.write() as session:
         done = outbox.enable(session, name)
     _print_counts({"enabled": int(done)}, False, as_json)
     if not done:
@@ -220,7 +220,7 @@ def disable(
     """Queue nothing more for a sink, and give up its queued events. Works for a sink that is no longer configured."""
     from storage.operations import outbox
 
-    with opened() as parts:
+    with opened(needs_bucket=False) as parts:
         _check_name(parts, name)
         with parts.database.write() as session:
             outbox.disable(session, name, reason)
@@ -234,7 +234,7 @@ def client_secret_(as_json: Json = False) -> None:
     from receiver.base.signature import client_secret
     from receiver.gateway.api_keys import client_of
 
-    with opened() as parts:
+    with opened(needs_bucket=False) as parts:
         keys, secrets = parts.settings.api_keys, parts.settings.event_secrets
     if not keys or not secrets:
         say("callbacks are signed once RECEIVER_API_KEYS and RECEIVER_EVENT_SECRETS are set", err=True)

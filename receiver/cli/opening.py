@@ -20,6 +20,7 @@ def opened(
     *,
     migrate: bool = False,
     ready: bool = True,
+    needs_bucket: bool = True,
     quiet: bool = True,
     store: Path | None = None,
     starts_store: bool = False,
@@ -30,9 +31,10 @@ def opened(
     """The parts for a command, closed at its end.
 
     `migrate`: the command makes rows, so it may create the schema if the settings allow it; otherwise nothing is
-    created. `ready`: check the schema first. `quiet`: log only warnings. `store`: the folder of a local store;
-    `starts_store`: the command needs it running. `asks_provider`: say which `.env` decided where the key goes.
-    `pays`: the command itself sends what is paid for. `settings`: values from the command's options.
+    created. `ready`: check the schema first. `needs_bucket`: the command names, reads or writes objects. `quiet`:
+    log only warnings. `store`: the folder of a local store; `starts_store`: the command needs it running.
+    `asks_provider`: say which `.env` decided where the key goes. `pays`: the command itself sends what is paid for.
+    `settings`: values from the command's options.
     """
     with collector_paused():
         import_without_rich()
@@ -42,7 +44,7 @@ def opened(
         from receiver.base import telemetry
         from receiver.local_store import serve_store
 
-    chosen = _settings(starts_store, allow_http=allow_http or None, store=store, **settings)
+    chosen = _settings(starts_store, needs_bucket=needs_bucket, allow_http=allow_http or None, store=store, **settings)
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
     _announce(chosen, asks_provider)
     with serve_store.running(chosen) if starts_store else nullcontext():

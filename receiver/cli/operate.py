@@ -74,7 +74,7 @@ def retry(
     filtered = since is not None or error is not None or limit is not None
     if (name is None) is not all_failed or (not all_failed and filtered) or (all_failed and accept_unverified):
         raise typer.BadParameter("give a task or a file, or --all-failed with its filters")
-    with opened(allow_http) as parts:
+    with opened(allow_http, needs_bucket=False) as parts:
         operator = _operator(parts, dry_run)
         if name is not None:
             tally = operator.retry(name, accept_unverified=accept_unverified)
@@ -104,7 +104,7 @@ def replay(
         raise typer.BadParameter("give deliveries, or --since and --until (and --state)")
     from storage.states import CallbackState
 
-    with opened(allow_http) as parts:
+    with opened(allow_http, needs_bucket=False) as parts:
         wanted = CallbackState(state) if state else None
         tally = _operator(parts, dry_run).replay(delivery or (), since=since, until=until, state=wanted)
     _answer(tally, dry_run, as_json, NO_DELIVERY)
@@ -120,7 +120,7 @@ def reconcile(
     allow_http: AllowHttp = False,
 ) -> None:
     """Read tasks at the provider now, without waiting for their next read."""
-    with opened(allow_http, asks_provider=True) as parts:
+    with opened(allow_http, asks_provider=True, needs_bucket=wait) as parts:
         operator = _operator(parts, dry_run)
         tally, reads = operator.reconcile(external_task_id or ())
         if wait and not dry_run:
@@ -156,7 +156,7 @@ def adopt(
     from receiver.tasks.adopt import Adopter
 
     with (
-        opened(allow_http, migrate=not dry_run, asks_provider=True) as parts,
+        opened(allow_http, migrate=not dry_run, asks_provider=True, needs_bucket=False) as parts,
         Console(stderr=True).status("asking the provider"),
     ):
         adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
@@ -187,7 +187,7 @@ def dismiss(
         raise typer.BadParameter("give a task, or deliveries (--delivery), or lost objects (--object)")
     if not reason.strip():
         raise typer.BadParameter("give a reason", param_hint="--reason")
-    with opened(starts_store=bool(lost)) as parts:
+    with opened(starts_store=bool(lost), needs_bucket=bool(lost)) as parts:
         operator = _operator(parts, dry_run)
         if lost:
             tally = operator.accept_losses(parts.bucket, lost, reason)
@@ -211,7 +211,11 @@ def prune(
 
     from storage.database import checkpoints
 
-    with opened() as parts, Console(stderr=True).status("pruning"), checkpoints.beside(parts.database):
+    with (
+        opened(needs_bucket=False) as parts,
+        Console(stderr=True).status("pruning"),
+        checkpoints.beside(parts.database),
+    ):
         tally = _operator(parts, dry_run).prune(timedelta(days=older_than))
     _answer(tally, dry_run, as_json, NO_OLD)
 

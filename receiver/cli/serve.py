@@ -74,7 +74,7 @@ def migrate() -> None:
     from receiver.app import database_faults, process
     from storage.rows import migrations
 
-    with opened(ready=False) as parts:
+    with opened(ready=False, needs_bucket=False) as parts:
         database_faults.check_file(parts.database)
         before = migrations.current(parts.database)
         process.ready_schema(parts.database, migrate=True)

@@ -15,8 +15,10 @@ from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
 from receiver.tasks.task_view import find, is_over, next_try_of, waiting_of
 from receiver.web.assets import asset_link
+from storage import spool
 from storage.accounts import pauses
 from storage.archive import continuous_audit
+from storage.bucket import store_errors
 from storage.operations import deadlines, heartbeats
 from storage.operations.measures import Measures, measure, waiting_lines
 from storage.rows import tasks
@@ -29,6 +31,8 @@ POLL_INTERVAL_SECONDS = 0.2
 WORKER_START_SECONDS = 30.0
 # Events that are printed, the newest last. `--json` has all.
 SHOWN_FAULTS = 20
+STORE_ERRORS = (*store_errors.MESSAGES, *spool.MESSAGES)
+STORE_ADVICE = "`receiver check` tests the store and the spool folder, and says what to do"
 
 
 def no_worker(parts: Parts, then: str = "") -> str:
@@ -114,6 +118,8 @@ def show(parts: Parts, external_task_id: str) -> None:
             say(f"  {label}: {value}")
     if assets:
         terminal.show(_asset_table(parts, assets))
+    if any(asset.state is not AssetState.ARCHIVED and (asset.error or "").startswith(STORE_ERRORS) for asset in assets):
+        say(f"  {STORE_ADVICE}")
     for fact in facts:
         say(f"  {fact.at:%Y-%m-%d %H:%M:%S.%f}  {fact.name}")
 
@@ -213,7 +219,10 @@ def show_latest(parts: Parts, limit: int) -> None:
         cells = (task.external_task_id, task.state, task.archive, created, why)
         table.add_row(*map(cell, cells))
     terminal.show(table)
-    say(summary(measured(parts)))
+    found = measured(parts)
+    say(summary(found))
+    if found.store_waits:
+        say(STORE_ADVICE)
     if shortage := parts.database.shortage():
         say(f"callbacks are answered 503: {shortage}")
     for fault in audited(parts).findings[-SHOWN_FAULTS:]:

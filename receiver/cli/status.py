@@ -25,7 +25,7 @@ def status(
     from receiver.cli import show
     from receiver.tasks.task_view import report, reports
 
-    with opened() as parts:
+    with opened(needs_bucket=as_json or external_task_id is not None) as parts:
         if urls:
             if external_task_id is None:
                 raise typer.BadParameter("--urls needs a task")

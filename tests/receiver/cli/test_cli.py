@@ -16,9 +16,11 @@ import receiver as package
 from receiver.cli.main import app, main
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.rows import migrations
 from tests.command_line import CommandLine, Done
 from tests.harness import wait_until
+from tests.rows import new_assets
 
 VERBS = get_command(app).commands  # type: ignore[attr-defined]
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
@@ -127,6 +129,16 @@ def check_the_contract(report: dict[str, Any], name: str) -> None:
     assert all(set(event) == {"name", "at"} for event in report["events"])
     names = [event["name"] for event in report["events"]]
     assert (names[0], names[-1]) == ("task.created", "task.archived")
+
+
+def test_status_says_what_to_do_about_files_that_wait_for_the_store(ready: CommandLine) -> None:
+    advice = "`receiver check` tests the store and the spool folder, and says what to do"
+    database = Database(f"sqlite:///{ready.folder}/receiver.db")
+    (unread,) = new_assets(database, 1, error="cdn.example answered 503", due_at=database.now())
+    assert all(advice not in ready("status", *words).out for words in ((), (str(unread.task_id),)))
+    (asset,) = new_assets(database, 1, error="the store at 127.0.0.1:1 cannot be reached", due_at=database.now())
+    database.close()
+    assert all(advice in ready("status", *words).out for words in ((), (str(asset.task_id),)))
 
 
 def test_submit_reports_json_before_anything_came(ready: CommandLine) -> None:

@@ -139,7 +139,7 @@ def test_faults_of_single_settings_and_of_several_together_are_listed_at_once(re
 
 def test_a_misspelt_setting_is_named_beside_the_one_that_is_missing(receiver: CommandLine) -> None:
     (receiver.folder / ".env").write_text("RECEIVER_S3_BUCKT=pictures\n")
-    done = receiver("status", RECEIVER_S3_BUCKET=None)
+    done = receiver("audit", RECEIVER_S3_BUCKET=None)
     assert done.err.splitlines()[1:] == [
         "RECEIVER_S3_BUCKT: no setting has this name; did you mean RECEIVER_S3_BUCKET?"
     ]
@@ -148,8 +148,29 @@ def test_a_misspelt_setting_is_named_beside_the_one_that_is_missing(receiver: Co
 def test_a_store_in_this_folder_is_named_where_no_bucket_is_set(receiver: CommandLine) -> None:
     (receiver.folder / "my pictures").mkdir()
     (receiver.folder / "my pictures" / "store.json").write_text("{}")
-    done = receiver("status", RECEIVER_S3_BUCKET=None, RECEIVER_S3_ENDPOINT_URL=None)
+    done = receiver("audit", RECEIVER_S3_BUCKET=None, RECEIVER_S3_ENDPOINT_URL=None)
     assert "set RECEIVER_STORE='my pictures', which is a store in this folder" in done.err
+
+
+WITHOUT_BUCKET = [
+    *(("migrate",), ("status",), ("retry", "--all-failed"), ("replay", "--since", "1d"), ("reconcile",)),
+    *(("adopt", "--listed-days", "1"), ("dismiss", "--delivery", "1", "--reason", "x"), ("prune", "--older-than", "9")),
+    *(("batch", "list"), ("batch", "status", "b"), ("batch", "export", "b")),
+    *(("events", "list"), ("events", "tail"), ("events", "redeliver", "--all-dead"), ("events", "enable", "x")),
+    *(("events", "disable", "clients"), ("events", "client-secret")),
+]
+
+
+def test_commands_that_use_no_object_need_no_bucket(ready: CommandLine) -> None:
+    for words in WITHOUT_BUCKET:
+        done = ready(*words, RECEIVER_S3_BUCKET=None, RECEIVER_S3_ENDPOINT_URL=None)
+        assert ("S3_BUCKET" in done.err, "Traceback" in done.err) == (False, False), (words, done)
+
+
+@pytest.mark.parametrize("words", [("status", "x"), ("status", "--json"), ("events", "tail", "--json"), ASK])
+def test_commands_that_name_objects_or_pay_for_them_need_a_bucket(ready: CommandLine, words: tuple[str, ...]) -> None:
+    done = ready(*words, RECEIVER_S3_BUCKET=None, RECEIVER_S3_ENDPOINT_URL=None)
+    assert (done.code, done.err.startswith("RECEIVER_S3_BUCKET: required")) == (1, True), done
 
 
 def test_a_missing_folder_of_the_database_is_named(receiver: CommandLine) -> None:
