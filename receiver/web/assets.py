@@ -24,7 +24,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from receiver.base.tokens import ASSET_PURPOSE, Tokens
+from receiver.base.tokens import ASSET_PURPOSE, NO_TASK, Tokens
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
@@ -109,12 +109,12 @@ class Assets:
             raise HTTPException(405)
         extension = request.path_params["extension"]
         named = self._tokens.read(ANY_PROVIDER, request.path_params["token"], purpose=ASSET_PURPOSE)
-        if named is None or named.task_id is None or extension not in EXTENSIONS:
+        if named is None or named == NO_TASK or extension not in EXTENSIONS:
             raise HTTPException(404)
         try:
-            return await self.answer(request, named.task_id, extension)
+            return await self.answer(request, named, extension)
         except (DatabaseUnavailable, StoreUnavailable) as error:
-            log.error("asset.not_served", asset=str(named.task_id), error=str(error))
+            log.error("asset.not_served", asset=str(named), error=str(error))
             return _unavailable()
 
     async def answer(

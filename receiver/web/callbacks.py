@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from receiver.base import telemetry
-from receiver.base.tokens import Named, Tokens
+from receiver.base.tokens import NO_TASK, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
 from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountOverdrawn, AccountRefused
@@ -112,7 +112,7 @@ class Callbacks:
         self.fault: Fault | None = None  # why a delivery was not stored; None once one of its size is
         self._may_read_soon, self._may_say = RateLimit(READ_SOON_SECONDS), RateLimit(SAY_SECONDS)
         self._refused = _Refused()
-        self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
+        self._in_hand: dict[str, int] = {}  # bytes of bodies, by the token of their URL
         self._account = AccountBudget(database, self._ids)
         self._keyless = KeylessAnswers()
         self._threads = CapacityLimiter(THREADS)
@@ -143,31 +143,33 @@ class Callbacks:
         named = self._tokens.read(provider.name, path["token"]) if provider else None
         if provider is None or named is None:
             raise Refused(404, "not found", "bad_token")
-        most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
+        task_id = None if named == NO_TASK else named
+        most = MAX_BODY_BYTES if task_id else MAX_ACCOUNT_BODY_BYTES
         announced = int(dict(scope["headers"]).get(b"content-length", 0))  # 0: in chunks
         if announced > most:
             raise _too_long(most)
-        if named.task_id is None:
+        if task_id is None:
             self._account.check_length(announced)
         pieces: list[bytes] = []
         try:
-            await self._read_body(scope, receive, named.task_id, most, pieces)
-            await self._verify_and_store(scope, provider, named, pieces[0])
+            await self._read_body(scope, receive, task_id, most, pieces)
+            await self._verify_and_store(scope, provider, task_id, pieces[0])
         finally:
-            if left := self._in_hand.pop(named.task_id, 0) - sum(map(len, pieces)):
-                self._in_hand[named.task_id] = left
+            if left := self._in_hand.pop(path["token"], 0) - sum(map(len, pieces)):
+                self._in_hand[path["token"]] = left
 
     async def _read_body(
         self, scope: Scope, receive: Receive, task_id: uuid.UUID | None, most: int, pieces: list[bytes]
     ) -> None:
         """Read the body into `pieces`, which count as in hand: at the end as one piece."""
         piece, is_more = arrived_body(scope)
+        token = scope["path_params"]["token"]
         size, at_once = 0, MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
         ends_at = asyncio.get_running_loop().time() + BODY_SECONDS
         while True:
             pieces.append(piece)
             size += len(piece)
-            self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(piece)
+            self._in_hand[token] = in_hand = self._in_hand.get(token, 0) + len(piece)
             if size > most:
                 raise _too_long(most)
             if in_hand > at_once:
@@ -177,7 +179,7 @@ class Callbacks:
             piece, is_more = await _next_piece(receive, ends_at)
         pieces[:] = [b"".join(pieces)]  # they would stay in memory until the commit
 
-    async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> None:
+    async def _verify_and_store(self, scope: Scope, provider: Provider, task_id: uuid.UUID | None, body: bytes) -> None:
         headers = {
             KEPT_HEADERS[name]: value[:MAX_HEADER_CHARACTERS].decode("latin-1")
             for name, value in scope["headers"]
@@ -188,10 +190,10 @@ class Callbacks:
         except BadSignature as error:
             if signature := Headers(scope=scope).get(SIGNATURE_HEADER):
                 headers[SIGNATURE_HEADER] = signature[:MAX_SIGNATURE_CHARACTERS]
-            await self._keep_evidence(provider, named, headers, body, str(error))
+            await self._keep_evidence(provider, task_id, headers, body, str(error))
             raise Refused(401, "the signature is missing or wrong", "bad_signature") from error
-        delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
-        await (self._store(delivery) if named.task_id else self._store_at_account(delivery))
+        delivery = Delivery(provider.name, "push", task_id, body, headers, webhook_id)
+        await (self._store(delivery) if task_id else self._store_at_account(delivery))
 
     async def _store_at_account(self, delivery: Delivery) -> None:
         """Store a delivery of the account URL. Raises AccountRefused, which is answered 429: the shipped Traefik
@@ -249,23 +251,23 @@ class Callbacks:
         return Refused(503, words, outcome, RETRY_SOON)
 
     async def _keep_evidence(
-        self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
+        self, provider: Provider, task_id: uuid.UUID | None, headers: dict[str, str], body: bytes, reason: str
     ) -> None:
         """Store a refused delivery and make the task due for a read, so that a misconfiguration costs seconds, not
         pictures. Both are limited per task.
         """
         state = CallbackState.REJECTED
-        delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
+        delivery = Delivery(provider.name, "push", task_id, body, headers, None, state, f"signature: {reason}")
         try:
-            is_kept = self._refused.take(named.task_id) and await to_thread.run_sync(
+            is_kept = self._refused.take(task_id) and await to_thread.run_sync(
                 self._keep_refused, delivery, limiter=self._threads
             )
         except DatabaseUnavailable as error:
-            self._refused.give_back(named.task_id)
+            self._refused.give_back(task_id)
             raise await self._not_stored(delivery, error) from error
-        if not is_kept and self._may_say.now(named.task_id):
-            task_id = str(named.task_id) if named.task_id else None
-            log.warning("callback.refusal_not_stored", task_id=task_id, reason=reason, kept=MAX_REJECTED_PER_TASK)
+        if not is_kept and self._may_say.now(task_id):
+            said = str(task_id) if task_id else None
+            log.warning("callback.refusal_not_stored", task_id=said, reason=reason, kept=MAX_REJECTED_PER_TASK)
 
     def _keep_refused(self, delivery: Delivery) -> bool:
         """Store a refused delivery. Returns False if enough are stored already."""

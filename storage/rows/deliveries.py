@@ -63,15 +63,20 @@ class Delivery:
     @property
     def key(self) -> str:
         if self._key is None:
-            verdict = "" if self.state is CallbackState.RECEIVED else self.state.value
-            words = ["push" + verdict, self.provider, str(self.task_id), self.webhook_id or ""]
-            if self.source == "poll":
-                words = ["poll", self.provider, str(self.task_id)]
-            parts = [*(word.encode("utf-8", "surrogatepass") for word in words), self.body]
-            # Each part after its length, so that different deliveries never have the same input.
-            pieces = chain.from_iterable((_LENGTH(len(part)), part) for part in parts)
-            self._key = hashlib.sha256(b"".join(pieces)).hexdigest()
+            words = [self.source, self.provider, str(self.task_id)]
+            if self.source == "push":
+                words[0] += "" if self.state is CallbackState.RECEIVED else self.state.value
+                words.append(self.webhook_id or "")
+            framed = b"".join(map(_framed, words)) + _LENGTH(len(self.body))
+            self._key = hashlib.sha256(framed + self.body).hexdigest()
         return self._key
+
+
+@lru_cache(maxsize=256)
+def _framed(word: str) -> bytes:
+    """After its length, so that different deliveries never have the same key. Most words are those of many."""
+    raw = word.encode("utf-8", "surrogatepass")
+    return _LENGTH(len(raw)) + raw
 
 
 # One statement for any number of rows, passed to the driver unchanged. A multi-row VALUES of SQLAlchemy was compiled

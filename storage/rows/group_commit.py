@@ -193,11 +193,11 @@ class GroupCommit:
         started = time.perf_counter()
         new = await self._connection.insert(deliveries)
         self._note(time.perf_counter() - started, SLOW_IN_LOOP_SECONDS)
-        known = {delivery.key for delivery in deliveries} - new
-        again = await self._connection.unreadable(known) if known else set()
         self._task_limit.count(deliveries, new)
-        _answer([each for each in batch if each[0].key not in again], new)
-        return [each for each in batch if each[0].key in again]
+        known = {delivery.key for delivery in deliveries} - new
+        again = await self._connection.unreadable(known) if known else known
+        _answer(batch, new, again=again)
+        return batch
 
     def _hand_over(self, batch: list[Waiting]) -> None:
         """Let the thread commit these, and the following ones if there are any or the disk is slow."""
@@ -288,21 +288,29 @@ class GroupCommit:
         self._quick_commits = 0 if is_slow else self._quick_commits + 1
 
 
-def _answer(batch: list[Waiting], new: set[str], full: Collection[str] = (), reason: Exception | None = None) -> None:
-    """Resolve the handlers, in the loop. Of equal deliveries in one batch the first is new. `reason`: of a failure."""
-    seen = set[str]()
+def _answer(
+    batch: list[Waiting],
+    new: set[str],
+    full: Collection[str] = (),
+    reason: Exception | None = None,
+    again: Collection[str] = (),
+) -> None:
+    """Resolve the handlers, in the loop, and leave those of `again` in the batch. Of equal deliveries the first is new.
+
+    `reason`: of a failure.
+    """
     for delivery, durable in batch:
         key = delivery.key if reason is None else ""  # 60 µs for a body of 64 KiB
-        if durable.done():  # timed out, or its sender has left
-            pass
-        elif reason is not None:
+        if durable.done() or key in again:  # timed out, or its sender has left
+            continue
+        if reason is not None:
             durable.set_exception(reason)
         elif key in full:
             durable.set_exception(TaskFull(f"{MAX_KEPT_PER_TASK} deliveries of this task are kept already"))
         else:
-            durable.set_result(Intake.NEW if key in new and key not in seen else Intake.DUPLICATE)
-        seen.add(key)
-    batch.clear()  # `reason` refers to it, and the handlers to `reason`
+            durable.set_result(Intake.NEW if key in new else Intake.DUPLICATE)
+            new.discard(key)
+    batch[:] = [each for each in batch if again and each[0].key in again]  # `reason` refers to it, handlers to `reason`
 
 
 def _end_late(durable: asyncio.Future[Intake]) -> None:

@@ -142,8 +142,7 @@ def rebuild(parts: Parts, file: Path) -> None:
     assert before.keys() == after.keys() and not differing
     with fresh.database.read() as session:
         for task_id, token in tokens.items():
-            named = fresh.tokens.read("kling", token)
-            assert named and named.task_id == task_id and session.get(Task, task_id)
+            assert fresh.tokens.read("kling", token) == task_id and session.get(Task, task_id)
     assert {finding.kind.value for finding in audit(fresh)} == {"orphaned"}
     for _ in range(10):
         fresh.submitter.submit(REQUEST)

@@ -24,7 +24,7 @@ from receiver.app import check_secrecy, check_store, checks
 from receiver.app.findings import Result, Status
 from receiver.app.wiring import Parts
 from receiver.base import config
-from receiver.base.tokens import Named, Tokens
+from receiver.base.tokens import NO_TASK, Tokens
 from receiver.cli.main import app
 from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
@@ -273,7 +273,7 @@ def test_account_url_is_printed_to_paste(look: Look) -> None:
     url = look(public_url="https://example.com/here")["callbacks"].paste
     before, _, token = url.rpartition("/")
     assert before == "https://example.com/here/callbacks/kling"
-    assert Tokens([SecretStr(CALLBACK_SECRET)]).read("kling", token) == Named(None, 0)
+    assert Tokens([SecretStr(CALLBACK_SECRET)]).read("kling", token) == NO_TASK
 
 
 def test_unsigned_callbacks_are_a_note(look: Look) -> None:

@@ -37,6 +37,15 @@ def test_any_other_delivery_has_another_key() -> None:
     assert len({delivery.key for delivery in different}) == len(different)
 
 
+def test_keys_of_earlier_releases_stay() -> None:
+    """Rows have them, so another way to compute them would store every delivery again that arrives again."""
+    signed, rejected = replace(SIGNED, task_id=uuid.UUID(int=7)), replace(REJECTED, task_id=None)
+    assert signed.key == "de45504feb3b575236925abe784f1202887278e650629e8c819608654f25194e"
+    assert rejected.key == "cce925b81a5f1785b00b87a147117e556157ff1aa30e45db8ee1251f3a15f8ae"
+    polled = replace(POLLED, task_id=uuid.UUID(int=7))
+    assert polled.key == "0c30985b6e9d3cb5e8c256999c1ddc52e1eae2bd8f6da336a862865364e28e8a"
+
+
 def test_the_newest_poll_answer_replaces_the_one_before(database: Database) -> None:
     for number, other in ((1, TASK), (2, TASK), (2, TASK), (1, TASK), (1, uuid.UUID(int=2))):
         answer = replace(POLLED, body=b"%d" % number, task_id=other)
