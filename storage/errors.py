@@ -7,6 +7,7 @@ Retry(after)          the same work may succeed later
 │   └── AccountRefused        it refuses the account (key, balance), whatever the request: its creates pause
 │       └── ModelRefused          the account may not use this model: the model's creates pause
 ├── NoSlots               the same by our own count: nothing was asked
+├── NoRoom                the disk has no room for the callback of a new task: nothing was asked
 ├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx)
 │   ├── FetchCut              it broke inside the body; at the same byte three times it counts as unusable
 │   └── FetchUnusable         an answer came and is not a file to keep: a redirect we do not follow, other 4xx, an odd
@@ -88,6 +89,10 @@ class ModelRefused(AccountRefused):
 
 class NoSlots(Retry):
     """All of the account's slots are held, by our own count. Nothing was sent and no row was written."""
+
+
+class NoRoom(Retry):
+    """The callback of a new task could not be stored. Nothing was sent and no row was written."""
 
 
 class FetchInterrupted(Retry):

@@ -309,6 +309,7 @@ def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
         say(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; {_next(plan.name)}")
     if plan.left_over:
         say(f"{plan.left_over:,} tasks of this batch are not in the file; they go on all the same", err=True)
+    say(*show.pausing(parts), err=True)
     if not alive:
         say(show.no_worker(parts, ", so nothing is sent yet"), err=True)
 

@@ -67,19 +67,23 @@ def wait(parts: Parts, external_task_id: str) -> Task:
             holds = pausing(parts, task)
             if holds != said:
                 said = holds
-                say(*(holds or ["the account goes on"]), err=True)
+                say(*(holds or ["creates are sent again"]), err=True)
             count = f"{kept} of {task.expected or len(assets) or '?'} archived"
             status.update(cell(" · ".join([f"{external_task_id}: {task.state}, {count}", *holds])))
             time.sleep(POLL_INTERVAL_SECONDS)
 
 
 def pausing(parts: Parts, task: Task | None = None) -> list[str]:
-    """One line for each pause of the account's creates. `task`: only the pauses that hold this task."""
+    """One line for each reason why no creates are sent: pauses of the account, and the disk. `task`: only those that
+    hold this task.
+    """
     if task is not None and task.queued_at is None:
         return []
     with parts.database.read() as session:
         found = pauses.every(session)
-    return [pauses.line(each) for each in found if task is None or each.model in ("", task.model)]
+    shortage = parts.database.shortage()
+    disk = [f"{shortage}, so nothing is sent until there is room"] if shortage else []
+    return disk + [pauses.line(each) for each in found if task is None or each.model in ("", task.model)]
 
 
 def uris(parts: Parts, task: Task) -> list[str]:

@@ -29,6 +29,7 @@ STATUS_OF_STATE: dict[TaskState, Status] = {
 }
 # As in storage.states: only a late success may contradict an earlier status.
 RANK: dict[Status, int] = {"submitted": 0, "processing": 1, "failed": 2, "succeed": 3}
+RETRY_AFTER_SECONDS = 5
 USUAL_CODES = {401: 1002, 403: 1103, 404: 1203}
 # Events that the provider reported.
 STATUS_OF_EVENT: dict[str, Status] = {
@@ -267,6 +268,11 @@ def success(data: Any, request_id: str) -> Reply:
 
 def bad_parameter(message: str) -> Refused:
     return Refused(400, 1201, message)
+
+
+def away(why: str = "") -> Refused:
+    """No row was made, as far as we know. `why`: the reason, if the client may see it."""
+    return Refused(503, 5001, f"Server temporarily unavailable{why and ': '}{why}", after=RETRY_AFTER_SECONDS)
 
 
 def too_fast(message: str) -> Refused:

@@ -23,6 +23,7 @@ from receiver.gateway.answers import (
     Reply,
     ResponseFormat,
     already_exists,
+    away,
     bad_parameter,
     created,
     passed_on,
@@ -38,7 +39,7 @@ from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
 from storage.database.sessions import Database, again_on_new_session
-from storage.errors import AccountRefused, DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
+from storage.errors import AccountRefused, DatabaseUnavailable, FetchRefused, NoRoom, NoSlots, ProviderThrottled
 from storage.fetch.addresses import AddressPolicy, check_url
 from storage.keys import check_new_id
 from storage.rows import tasks
@@ -147,8 +148,8 @@ class Creates:
     def begin(self, ask: CreateRequest) -> StartedCreate:
         """Commit the row together with the key. After a crash a worker continues the row.
 
-        Raises `Refused` and keeps nothing if the id exists, the key was used for another body, no slots are free, or
-        the account is paused.
+        Raises `Refused` and keeps nothing if the id exists, the key was used for another body, no slots are free, the
+        account is paused, or the disk has no room for the callback.
         """
         try:
             return again_on_new_session(lambda: self._commit(ask))
@@ -156,6 +157,8 @@ class Creates:
             raise _invalid(error) from None
         except AccountRefused as error:  # the provider's last answer; a trial follows once a minute
             raise passed_on(error) from None
+        except NoRoom as error:
+            raise away(str(error)) from None
         except NoSlots as error:
             raise Refused(429, 1303, f"parallel task over resource pack limit: {error}", after=1) from None
 

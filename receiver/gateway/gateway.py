@@ -7,8 +7,9 @@
     GET  /kling/openapi.json                    the OpenAPI document; needs no key
 
 401 no valid key (no body read, no query) · 404/1202 another path or method · 408 a slow body · 413 a long one
-429/1302 more at once than the limits allow · 503/5001 the database is down and no row is known to be committed, or the
-server ends before a duplicate has the first's answer. Everything else as Kling answers it.
+429/1302 more at once than the limits allow · 503/5001 the database is down and no row is known to be committed, its
+disk has no room for a callback, or the server ends before a duplicate has the first's answer. Everything else as Kling
+answers it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from receiver.gateway.answers import Refused, Reply, bad_parameter, success, too_fast
+from receiver.gateway.answers import Refused, Reply, away, bad_parameter, success, too_fast
 from receiver.gateway.api_keys import ApiKeys
 from receiver.gateway.create_body import PIECE_BYTES, ArrivingBody
 from receiver.gateway.creates import CreateRequest, Creates, DuplicateWait, StartedCreate
@@ -75,7 +76,6 @@ CLIENT_QUERIES = 2
 # A smaller one is refused at once. A client that waits for this many such refusals may send no further create.
 REFUSAL_SECONDS, CLIENT_LATE_REFUSALS = 1.0, 64
 POLL_INTERVAL_SECONDS = 0.1
-RETRY_AFTER_SECONDS = 5
 # How long a duplicate waits for the first create's answer after the server began to end. Creates then answer and commit
 # it.
 TWIN_SECONDS = 2.0
@@ -127,7 +127,7 @@ class Gateway:
         except Refused as refused:
             return refused.reply(request_id)
         except DatabaseUnavailable:  # The database has logged it once.
-            return _away().reply(request_id)
+            return away().reply(request_id)
         except Exception:
             log.exception("gateway.request_failed")
             return Refused(500, 5000, "Server internal error").reply(request_id)
@@ -252,7 +252,7 @@ class Gateway:
             if reply is not None:
                 return reply
             if time.monotonic() > self._closes_at:
-                raise _away()
+                raise away()
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
     @contextmanager
@@ -307,10 +307,6 @@ async def _read_body(request: Request, body: bytearray, take: Callable[[int], No
         raise Refused(408, 1200, "Request body came too slowly") from None
     except ClientDisconnect:
         raise Refused(400, 1200, "Request body ended early") from None
-
-
-def _away() -> Refused:
-    return Refused(503, 5001, "Server temporarily unavailable", after=RETRY_AFTER_SECONDS)
 
 
 def _too_long() -> Refused:

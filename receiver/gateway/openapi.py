@@ -136,7 +136,7 @@ REFUSALS = {
     "431": {"description": "the head is longer than 16 KiB"},
     "429": _refusal("1302 too fast, 1303 no slots are free: nothing was made, send it again"),
     "500": _refusal("5000 an internal error: look the task up before asking again"),
-    "503": _refusal("5001 the database is down: look the task up before asking again"),
+    "503": _refusal("5001 the database is down or its disk is nearly full: look the task up before asking again"),
     "default": _refusal("a refusal of the provider, passed on with its HTTP status and code"),
 }
 

@@ -64,6 +64,8 @@ UNREAD_TRIES = 10
 # A create without an outcome for an hour is an error in the log at each further try. At least five tries, because a
 # task that waited an hour for its slots has only just begun.
 OVERDUE_SECONDS, OVERDUE_TRIES = 3_600, 5
+# How long a create waits while the disk has no room for its callback. Nothing is asked meanwhile.
+NO_ROOM_SECONDS = 5.0
 # A new row is sent as it is while this part of its lease is left. The first renewal is due then.
 FRESH_SHARE = 2 / 3
 # 1302/1303: exponential from 1 s (KLING §6). The limit of 30 s keeps slots from staying idle.
@@ -144,13 +146,16 @@ class CreateStep:
             self._send_once(task)
 
     def _send_once(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
-        """POST the row if its lease is still ours, the account is not paused, and no callback shows that it was sent
-        before. The lease is renewed right before.
+        """POST the row if its lease is still ours, the account is not paused, the disk has room for its callback,
+        and no callback shows that it was sent before. The lease is renewed right before.
         """
         due_at, trial = db_now(self._lease_seconds), None
         try:
             with self._database.write() as session:
                 if not _is_called_back(session, task):
+                    if shortage := self._database.shortage():
+                        self._settle_queued(session, task, shortage, NO_ROOM_SECONDS, **claims.NO_ATTEMPTS)
+                        return
                     trial = pauses.begin(session, task)
                     if trial.is_early:
                         self._settle_queued(session, task, "waits for the answers to others", 0, **claims.NO_ATTEMPTS)

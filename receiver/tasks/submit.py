@@ -25,6 +25,7 @@ from storage.accounts.accepted_creates import was_accepted
 from storage.accounts.slots import Slots
 from storage.database.sessions import Database, again_on_new_session
 from storage.errors import (
+    NoRoom,
     NoSlots,
     NoSuchTask,
     UserError,
@@ -87,8 +88,8 @@ class Submitter:
         `external_task_id`: the caller's, at most 200 bytes when percent-encoded; None = a new UUID. `adopt`: take over
         a task that exists at the provider under this id, also if the row failed here because of it. The same id with
         the same request returns the task that exists and sends nothing. A task that is not yet accepted, or for which
-        no slots are free, is returned in state `created`, and a worker continues it. Raises `RequestInvalid` (one line
-        per fault), `IdInvalid` and `Conflict`.
+        no slots or no disk space are free, is returned in state `created`, and a worker continues it. Raises
+        `RequestInvalid` (one line per fault), `IdInvalid` and `Conflict`.
         """
         wanted = self.parse(request) if isinstance(request, Mapping) else request
         external_task_id = external_task_id or str(uuid.uuid4())
@@ -137,10 +138,11 @@ class Submitter:
     def insert(self, session: Session, task: Task, *, queue: bool = False) -> bool:
         """Insert a row as claimed and sent, unless its external id is taken. Returns whether it was inserted.
 
-        The caller then sends it (`create_step.send`). `queue`: while its slots are not free or the account is paused,
-        the row waits in the queue instead (`queued_at` is set), and the caller does not send it. Without `queue` that
-        raises `NoSlots` or `AccountRefused`, and the caller rolls its transaction back. A row of an account that was
-        refused lately may wait in both cases. The call may be repeated with the same row after a rollback.
+        The caller then sends it (`create_step.send`). `queue`: while its slots are not free, the account is paused or
+        the disk has no room for its callback, the row waits in the queue instead (`queued_at` is set), and the caller
+        does not send it. Without `queue` that raises `NoSlots`, `AccountRefused` or `NoRoom`, and the caller rolls its
+        transaction back. A row of an account that was refused lately may wait in both cases. The call may be repeated
+        with the same row after a rollback.
         """
         task.queued_at, task.slots = None, abs(task.slots)
         refusal = pauses.refusal(session, task.provider, task.model)
@@ -148,12 +150,15 @@ class Submitter:
             raise refusal
         is_late = self._slots.is_late(session, task)
         has_slots = self._slots.reserve(session, task.slots)
-        free = has_slots and not is_late and refusal is None
+        shortage = self._database.shortage()
+        free = has_slots and not is_late and refusal is None and not shortage
         task.created_at = task.sent_at = tasks.now(session)
         claims.take(task, task.created_at, self._lease_seconds)
         if not free:
             slots.wait(task, task.created_at)
         new = tasks.insert_new(session, task)
+        if new and shortage and not queue:
+            raise NoRoom(shortage)
         if new and not has_slots and not is_late and not queue:
             raise NoSlots(ALL_HELD)
         return new
@@ -163,7 +168,7 @@ class Submitter:
 
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
         the id is taken: also by a create that may have been accepted, one whose task is to be read, and another request
-        of a batch. Raises `NoSlots` and `AccountRefused`.
+        of a batch. Raises `NoSlots`, `AccountRefused` and `NoRoom`.
         """
         wanted.queued_at, wanted.slots = None, abs(wanted.slots)  # `insert` may have put it into the queue
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
@@ -178,6 +183,8 @@ class Submitter:
             return None  # a read that waits may show that the provider has the task
         if row.batch_id is not None and row.request_hash != wanted.request_hash:
             return None  # the batch would lose this line's order
+        if shortage := self._database.shortage():
+            raise NoRoom(shortage)
         if not free and not is_late:
             raise NoSlots(ALL_HELD)
         row.slots = wanted.slots

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
+from receiver.sandbox import Sandbox
 from storage.database.sessions import Database
 from storage.operations import heartbeats
 from storage.rows import migrations
@@ -150,6 +152,15 @@ def test_a_store_in_this_folder_is_named_where_no_bucket_is_set(receiver: Comman
     (receiver.folder / "my pictures" / "store.json").write_text("{}")
     done = receiver("audit", RECEIVER_S3_BUCKET=None, RECEIVER_S3_ENDPOINT_URL=None)
     assert "set RECEIVER_STORE='my pictures', which is a store in this folder" in done.err
+
+
+def test_submit_and_a_batch_say_that_nothing_is_sent_for_lack_of_room(ready: CommandLine, sandbox: Sandbox) -> None:
+    full = replace(ready, constants={"storage.database.free_space:MIN_FREE_SHARE": 2.0})
+    (ready.folder / "night.jsonl").write_text('{"model_name": "kling-image-o1", "prompt": "a boat"}\n')
+    for words in (ASK, ("submit", "--batch", "night.jsonl")):
+        done = full(*words)
+        assert (done.code, "deliveries need 200 %, so nothing is sent until there is room" in done.err) == (0, True)
+    assert not sandbox.ledger().creates
 
 
 WITHOUT_BUCKET = [

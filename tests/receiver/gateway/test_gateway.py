@@ -28,6 +28,7 @@ from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.operate import Operator
 from receiver.tasks.task_view import is_over
 from storage.accounts.accepted_creates import NEVER_REPORTED
+from storage.database import free_space
 from storage.errors import FetchRefused
 from storage.rows.models import Task
 from storage.states import Step, TaskState
@@ -371,6 +372,27 @@ def test_a_refused_id_is_not_sent_again_without_free_slots(web: Web, parts: Part
     assert create(web, {**PLAIN, "external_task_id": "holds the slot"}).status_code == 200
     assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (429, 1303)
     assert [body["external_task_id"] for body in creates(sandbox)] == [ID, "holds the slot"]
+
+
+@ON_SQLITE
+def test_a_create_whose_callback_has_no_room_is_answered_503_and_leaves_no_row(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.set(submitted_seconds=600, create_faults=["1302"])
+    assert create(web, {**PLAIN, "external_task_id": "refused"}).status_code == 429
+    body, word = {**PLAIN, "external_task_id": ID}, {"Idempotency-Key": "k"}
+    first = create(web, body, headers=word)
+    with monkeypatch.context() as patch:
+        patch.setattr(free_space, "MIN_FREE_SHARE", 2.0)
+        for name in ("new", "refused"):  # a refused id is free again
+            answer = create(web, {**PLAIN, "external_task_id": name}, headers={"Idempotency-Key": name})
+            assert (status_and_code(answer), answer.headers["Retry-After"]) == ((503, 5001), "5")
+            assert "the disk of the database has" in answer.json()["message"]
+        assert create(web, body, headers=word).json() == first.json()
+    assert (len(rows(parts)), len(creates(sandbox))) == (2, 2)
+    for name in ("new", "refused"):
+        again = create(web, {**PLAIN, "external_task_id": name}, headers={"Idempotency-Key": name})
+        assert status_and_code(again) == (200, 0)
 
 
 # -- a slow provider, many clients ------------------------------------------------------------------------------------

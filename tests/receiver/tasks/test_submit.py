@@ -20,11 +20,12 @@ from receiver.tasks.operate import Operator
 from receiver.tasks.submit import Conflict
 from receiver.tasks.task_view import is_over
 from receiver.workers.worker import Worker
+from storage.database import free_space
 from storage.rows.claims import BACKOFF_CAP_SECONDS
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, run, settings_for, task_of
+from tests.pipeline import Web, make_due_now, run, settings_for, task_of
 from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, drawn, encoded, unanswered
 
@@ -472,3 +473,24 @@ def test_a_callback_may_overtake_the_create_answer(
     assert (task.state, task.lease, task.step is Step.CREATE) == (state, None, False)
     assert task.provider_task_id == sandbox.ledger().task(ID).task_id
     confirm.close()
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_a_create_waits_while_the_disk_has_no_room_for_its_callback(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.set(create_faults=["1302"])
+    parts.submitter.submit(REQUEST, external_task_id="due")
+    sent = len(creates(sandbox))
+    with monkeypatch.context() as patch:
+        patch.setattr(free_space, "MIN_FREE_SHARE", 2.0)
+        task = parts.submitter.submit(REQUEST, external_task_id="new").task
+        assert (task.state, task.sent_at, task.queued_at is None) == (TaskState.CREATED, None, False)
+        make_due_now(parts)
+        run(parts, "creates")
+        assert len(creates(sandbox)) == sent
+        for name in ("due", "new"):
+            assert "the disk of the database has" in (task_of(parts, name).note or "")
+    with parts.database.write() as session:
+        session.execute(update(Task).values(queued_at=LONG_AGO))
+    wait_until(lambda: run(parts, "creates") + 1 and len(creates(sandbox)) == sent + 2)
