@@ -171,18 +171,13 @@ class Fetcher:
             deadline.expect_head()
             try:
                 with self._connections.get(target, body.request_headers()) as response:
-                    # Of several values the last counts. A Location may be UTF-8.
-                    headers = {
-                        name.decode("ascii").lower(): value.decode("utf-8", errors="replace")
-                        for name, value in response.headers
-                    }
                     if response.status not in REDIRECTS:
                         if response.status not in (200, 206):
-                            raise _refusal(response.status, headers, target.host)
+                            raise _refusal(response.status, response.headers, target.host)
                         deadline.expect_body()
-                        body.receive(response, headers)
+                        body.receive(response)
                         return target, body
-                    target, redirects = self._redirected(target, headers), redirects + 1
+                    target, redirects = self._redirected(target, response.headers), redirects + 1
                     if trusted_only and not self._trusted.allows(target.host):
                         raise FetchExpired("an unconfirmed link redirects to another host: the task is read first")
             except BROKEN as error:

@@ -17,8 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import httpcore
 
@@ -39,31 +38,30 @@ Origin = tuple[str, str, int]
 SAME = ((b"Accept", b"*/*"), (b"Accept-Encoding", b"identity"))
 Block = bytes | memoryview
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", re.I)
-# A head that says nothing unusual: 64 fields at most, none folded. httpcore would find the same in it.
+# A head that says nothing unusual: few fields, none folded, one Content-Length and no other framing. httpcore would
+# find the same in it.
+FIELD = rb"(?!(?i:content-length|transfer-encoding):)[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n"
 PLAIN_HEAD = re.compile(
-    rb"HTTP/1\.1 200(?: [\t -~\x80-\xff]*)?\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n){1,64})\r\n"
+    rb"HTTP/1\.1 200(?: [\t -~\x80-\xff]*)?\r\n"
+    rb"((?:%b){0,63}(?i:content-length):[ \t]*[0-9]{1,15}[ \t]*\r\n(?:%b){0,63})\r\n" % (FIELD, FIELD)
 )
-PLAIN_FRAMING = re.compile(rb"(?i:content-length):[0-9]{1,15}")
+CONNECTION = re.compile(rb"^connection:(.*)\r$", re.I | re.M)
 # Any other request is left to httpcore, which refuses it.
 PLAIN_REQUEST = re.compile(rb"GET [!-~]+ HTTP/1\.1\r\n(?:[A-Za-z-]+: [!-~]+(?: [!-~]+)*\r\n)+\r\n")
 
 
-@dataclass(frozen=True)
-class Response:
-    """One response whose head has been read. `stream`: the connection that its body comes from."""
+class Response(NamedTuple):
+    """One response whose head has been read. `stream`: the connection that its body comes from.
+
+    `headers`: names in lower case. Of several values the last counts. `ends_connection`: whether the host closes the
+    connection after this response (RFC 9112 §9.3). `parsed`: by httpcore; None: it had a plain head.
+    """
 
     status: int
-    headers: list[tuple[bytes, bytes]] = field(repr=False)
+    headers: Mapping[str, str]
+    ends_connection: bool
     stream: connection.GuardedStream
-    _parsed: httpcore.Response | None = field(repr=False)  # None: it had a plain head
-
-    @property
-    def ends_connection(self) -> bool:
-        """Whether the host closes the connection after this response (RFC 9112 §9.3)."""
-        words = b",".join(value for name, value in self.headers if name.lower() == b"connection").lower()
-        said = {word.strip() for word in words.split(b",")}
-        is_old = self._parsed is not None and self._parsed.extensions.get("http_version") == b"HTTP/1.0"
-        return b"close" in said or (is_old and b"keep-alive" not in said)
+    parsed: httpcore.Response | None
 
     def blocks(self, declared: int | None, room: Callable[[], memoryview]) -> Iterator[Block]:
         """The body as sent, each block valid until the next. `declared`: its Content-Length, None = other framing.
@@ -72,8 +70,8 @@ class Response:
         next block, longer than the rest of the body or of READ_BYTES, so that a longer body shows.
         """
         if declared is None:
-            assert self._parsed is not None  # a plain head has a length
-            yield from self._parsed.iter_stream()
+            assert self.parsed is not None  # a plain head has a length
+            yield from self.parsed.iter_stream()
             return
         left = declared
         while left:
@@ -194,8 +192,8 @@ def _answer(stream: connection.GuardedStream, target: Target, fields: list[tuple
     with suppress(httpcore.WriteError):  # as httpcore: a host that refuses early answers before it closes
         stream.write(request)
     head = stream.read(connection.HEAD_READ_BYTES)
-    if headers := plain_headers(head):
-        return Response(200, headers, stream, None)
+    if len(head) <= connection.HEAD_READ_BYTES and (plain := PLAIN_HEAD.fullmatch(head)):
+        return _response(200, plain[1], stream, None)
     return _answer_by_httpcore(stream, _Replay(stream, head), target, fields)
 
 
@@ -206,18 +204,19 @@ def _answer_by_httpcore(
     parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), through)
     url = httpcore.URL(scheme=scheme, host=host, port=target.port, target=path)
     parsed = parser.handle_request(httpcore.Request(b"GET", url, headers=fields))
-    return Response(parsed.status, parsed.headers, stream, parsed)
+    return _response(parsed.status, b"".join([b"%b:%b\r\n" % each for each in parsed.headers]), stream, parsed)
 
 
-def plain_headers(head: bytes) -> list[tuple[bytes, bytes]] | None:
-    """The headers of a 200 whose body has one Content-Length and no other framing; None if httpcore is to judge."""
-    found = PLAIN_HEAD.fullmatch(head) if len(head) <= connection.HEAD_READ_BYTES else None
-    if found is None:
-        return None
-    pairs = [line.partition(b":") for line in found[1].split(b"\r\n")[:-1]]
-    headers = [(name, value.strip(b" \t")) for name, _, value in pairs]
-    framing = [name + b":" + value for name, value in headers if connection.FRAMING.fullmatch(name)]
-    return headers if len(framing) == 1 and PLAIN_FRAMING.fullmatch(framing[0]) else None
+def _response(
+    status: int, fields: bytes, stream: connection.GuardedStream, parsed: httpcore.Response | None
+) -> Response:
+    """`fields`: the checked lines of the head. A Location may be UTF-8."""
+    lines = fields.decode("utf-8", errors="replace").split("\r\n")[:-1]
+    headers = {name.lower(): value.strip(" \t") for name, _, value in [line.partition(":") for line in lines]}
+    said = {word.strip() for word in b",".join(CONNECTION.findall(fields)).lower().split(b",")}
+    is_old = parsed is not None and parsed.extensions.get("http_version") == b"HTTP/1.0"
+    ends_connection = b"close" in said or (is_old and b"keep-alive" not in said)
+    return Response(status, headers, ends_connection, stream, parsed)
 
 
 class Body:
@@ -255,11 +254,12 @@ class Body:
             return []
         return [(b"Range", b"bytes=%d-" % self.size), (b"If-Range", validator.encode("latin-1"))]
 
-    def receive(self, response: Response, headers: Mapping[str, str]) -> None:
+    def receive(self, response: Response) -> None:
         """Write one response's body into the sink.
 
         Raises `FetchUnusable`, `FetchTooLarge` and the errors of reading a block.
         """
+        headers = response.headers
         declared, coded = _declared_length(headers), bool(_codings(headers))
         if response.status == 206:
             self._begin_part(headers)
