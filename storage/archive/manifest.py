@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -58,6 +59,10 @@ OF_ASSET = (
     "id", "kind", "index", "original", "state", "key", "sha256", "size", "media_type", "width", "height", "verified",
     "accept_unverified", "fetched", "superseded", "error", "created_at", "files_expire_at", "archived_at",
 )  # fmt: skip
+# Members that hold what others sent. The rest has ASCII names and no fraction, so `json` gives the same bytes as
+# RFC 8785 in a sixth of that package's CPU.
+OF_OTHERS = ("request", "delivery")
+_PLAIN = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 
@@ -225,18 +230,18 @@ def build(
         "request": task.request,
         "delivery": _delivery(delivery) if delivery else None,
         "assets": [
-            {**_columns(asset, OF_ASSET), "source": asset.source_url}
-            | {name: value for name, value in _columns(asset, ODD).items() if value}
+            {**_columns(asset, OF_ASSET), **_columns(asset, ODD, only_set=True), "source": asset.source_url}
             for asset in assets
         ],
     }
     plain = without_signatures(content)
-    dumped = {name: rfc8785.dumps(value) for name, value in plain.items() if name != "assets"}
-    # Assets have ASCII names and no fraction, so `json` gives the same bytes in a sixth of the package's CPU.
-    ours = json.dumps(plain["assets"], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    dumped["assets"] = ours.encode()
+    dumped = {name: rfc8785.dumps(value) if name in OF_OTHERS else _dump(value) for name, value in plain.items()}
     digest = hashlib.sha256(_members(dumped)).hexdigest()
-    return _members({**dumped, "digest": rfc8785.dumps(digest)}), digest
+    return _members({**dumped, "digest": _dump(digest)}), digest
+
+
+def _dump(value: Any) -> bytes:
+    return _PLAIN.encode(value).encode()
 
 
 def _members(dumped: Mapping[str, bytes]) -> bytes:
@@ -284,27 +289,27 @@ def _delivery(delivery: Callback) -> dict[str, Any]:
     }
 
 
-def _columns(row: Task | Asset, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in names}
+def _columns(row: Task | Asset, names: Sequence[str], *, only_set: bool = False) -> dict[str, Any]:
+    """The columns of a row that belongs to no session. Reading one through the model takes four times as long."""
+    values = vars(row)
+    return {name: values[name] for name in names if not only_set or values[name]}
 
 
 def without_signatures(value: Any) -> Any:
     """`value` in JSON's types, with every URL cut before `?` and with numbers that RFC 8785 can carry."""
+    if isinstance(value, str):
+        return _without_query(value)
+    if isinstance(value, int):
+        return value if abs(value) <= MAX_EXACT_INTEGER else str(value)
+    if isinstance(value, dict):
+        return {str(name): without_signatures(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_signatures(inner) for inner in value]
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, UUID):
         return str(value)
-    if isinstance(value, Mapping):
-        return {str(name): without_signatures(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_signatures(inner) for inner in value]
-    if isinstance(value, str):
-        return _without_query(value)
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_EXACT_INTEGER:
-        return str(value)
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without_query(text: str) -> str:
