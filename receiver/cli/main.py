@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-import typer
-
 import receiver
-from receiver.base.visible import visible
-from receiver.cli import archive, batch, check, events, operate, sandbox, serve, status, submit
-from receiver.cli.terminal import say
+from receiver.base.collector import collector_paused
+
+with collector_paused():  # collections over the imports were a sixth of `--help`
+    import typer
+
+    from receiver.base.visible import visible
+    from receiver.cli import archive, batch, check, events, operate, sandbox, serve, status, submit
+    from receiver.cli.terminal import say
 
 app = typer.Typer(
     name="receiver",
