@@ -52,7 +52,9 @@ Until = Annotated[
 
 def retry(
     name: Annotated[str | None, typer.Argument(help="A task (external id) or a file (asset id).")] = None,
-    all_failed: Annotated[bool, typer.Option("--all-failed", help="All files that were given up.")] = False,
+    all_failed: Annotated[
+        bool, typer.Option("--all-failed", help="All given-up files, and tasks that a retry may complete.")
+    ] = False,
     since: Since = None,
     error: Annotated[str | None, typer.Option(metavar="TEXT", help="Only if the error contains this text.")] = None,
     limit: Annotated[

@@ -100,7 +100,7 @@ class Operator:
             )
 
     def retry_failed(self, *, since: datetime | None = None, error: str | None = None, limit: int) -> Tally:
-        """Make given-up files due, and tasks that were parked, brought no file or fell silent.
+        """Make given-up files due, and tasks that were parked, brought no file, fell silent or may have arrived.
 
         `since`, `error`: filters, see `maintenance.failed_files`. `limit`: the most files, and the most tasks.
         Dismissed tasks are left alone.

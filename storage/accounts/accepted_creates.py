@@ -24,11 +24,9 @@ _IS_IN_DOUBT = or_(
     _ERROR.startswith(ENDED_ITS_WORKER, autoescape=True),
     _ERROR.contains(NO_ANSWER, autoescape=True),
 )
-WAS_ACCEPTED = or_(
-    col(Task.provider_task_id).is_not(None),
-    _ERROR == NEVER_REPORTED,
-    and_(col(Task.sent_at).is_not(None), _IS_IN_DOUBT),
-)
+# No answer of the provider ended it, so a read may still find it.
+ENDED_WITHOUT_ANSWER = or_(_ERROR == NEVER_REPORTED, and_(col(Task.sent_at).is_not(None), _IS_IN_DOUBT))
+WAS_ACCEPTED = or_(col(Task.provider_task_id).is_not(None), ENDED_WITHOUT_ANSWER)
 
 
 def was_accepted(task: Task) -> bool:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.accounts.accepted_creates import NEVER_REPORTED, was_accepted
+from storage.accounts.accepted_creates import ENDED_WITHOUT_ANSWER, was_accepted
 from storage.database import walk
 from storage.database.sessions import Database, run
 from storage.rows import claims, reports, tasks
@@ -145,18 +145,18 @@ def failed_files(
 
 
 def failed_tasks(database: Database, *, since: datetime | None, error: str | None, limit: int) -> list[uuid.UUID]:
-    """Tasks that a retry may still complete: parked ones, succeeded ones without files, and silent ones.
+    """Tasks that a retry may still complete: parked ones, succeeded ones without files, silent ones, and
+    creates that ended before it was known whether they arrived, which are only read.
 
     Tasks that the provider failed are left out, because that is final. The arguments are those of `failed_files`.
     """
     incomplete = col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'")
     failed = col(Task.state) == literal_column(f"'{TaskState.FAILED}'")
     without_files = and_(col(Task.state) == TaskState.SUCCEEDED, ~exists().where(col(Asset.task_id) == col(Task.id)))
-    silent = col(Task.error) == NEVER_REPORTED
     said = _saying(func.coalesce(Task.error, Task.note), error)
     chosen = select(Task.created_at, Task.id).where(not_dismissed(Task.note), col(Task.deleted_at).is_(None), *said)
     found = set[tuple[datetime, uuid.UUID]]()
-    kinds = ((incomplete, without_files), (failed, silent), (IS_PARKED, col(Task.step).is_not(None)))
+    kinds = ((incomplete, without_files), (failed, ENDED_WITHOUT_ANSWER), (IS_PARKED, col(Task.step).is_not(None)))
     for in_index, wanted in kinds:
         some = set[tuple[datetime, uuid.UUID]]()
         order = (col(Task.created_at), col(Task.id))

@@ -347,6 +347,19 @@ def test_lookup_without_an_answer_ends_with_the_result_lifetime(parts: Parts, sa
     assert submit_request(parts, adopt=True).state is TaskState.SUBMITTED
 
 
+@ONE_DATABASE
+def test_retry_of_all_reads_a_create_that_ended_in_doubt_and_sends_none(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["5000:created", "1301"], query_faults=["5001"])
+    submit_request(parts)
+    ended = go_on(parts, sent_at=parts.database.now() - timedelta(seconds=parts.settings.result_lifetime_seconds))
+    assert (ended.state, submit_request(parts, "refused").state) == (TaskState.FAILED, TaskState.FAILED)
+    operator = Operator(parts.database, parts.providers, parts.schedule)
+    assert +operator.retry_failed(limit=10).counts == {"reads_due": 1}
+    run(parts, "reads", "creates")
+    assert (task_of(parts, ID).provider_task_id is None, len(creates(sandbox))) == (False, 2)
+    assert task_of(parts, "refused").step is None
+
+
 @pytest.mark.databases("sqlite")
 def test_create_of_an_existing_unreadable_task_ends(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
