@@ -43,8 +43,6 @@ from storage.states import ArchiveState, AssetState
 # Folders between two checkpoints: a few seconds of work, more when files are hashed.
 BATCH_FOLDERS = 64
 THREADS = 4
-# Of a file that was given up and dismissed. `--repair` makes it due, and the worker archives it if its hash is right.
-THERE_AGAIN = "its file was dismissed, and it is there again; `receiver audit --repair` verifies and archives it"
 ENDED = (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
 
 
@@ -75,6 +73,7 @@ class Finding:
     detail: str
     asset_id: uuid.UUID | None = None
     repair: str | None = None
+    is_there_again: bool = False  # the object of a dismissed file is back; a worker archives it if its hash is right
 
     @property
     def is_fault(self) -> bool:
@@ -297,7 +296,8 @@ def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
                 kind = FindingKind.ACCEPTED if dismissed else FindingKind.MISSING
                 yield Finding(kind, key, name, f"given up: {asset.error}", asset.id)
             elif dismissed:
-                yield Finding(FindingKind.ACCEPTED, key, name, THERE_AGAIN, asset.id)
+                detail = "its file was dismissed and is there again; `receiver audit --repair` verifies and archives it"
+                yield Finding(FindingKind.ACCEPTED, key, name, detail, asset.id, is_there_again=True)
         if asset.state is not AssetState.ARCHIVED:
             continue
         if key not in objects:

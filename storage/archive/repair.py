@@ -12,7 +12,7 @@ from sqlalchemy import update
 from sqlmodel import Session, col
 
 from storage.archive import manifest
-from storage.archive.audit import ENDED, THERE_AGAIN, Finding, FindingKind
+from storage.archive.audit import ENDED, Finding, FindingKind
 from storage.archive.folders import manifest_number
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
@@ -57,7 +57,7 @@ class Repairer:
                 case FindingKind.SUPERSEDED:
                     return "left alone: it is an earlier download, not a fault"
                 case FindingKind.ACCEPTED:
-                    return self._fetch_again(finding) if finding.detail == THERE_AGAIN else "left alone: not a fault"
+                    return self._fetch_again(finding) if finding.is_there_again else "left alone: not a fault"
         except (DatabaseUnavailable, StoreUnavailable, ObjectConflict) as error:
             return f"not repaired: {error}"
 

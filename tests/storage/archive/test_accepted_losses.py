@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.accept_losses import CURRENT, NO_ROW, THERE, accept_losses
 from storage.archive import continuous_audit
 from storage.archive.accepted_losses import LOSS_ACCEPTED, LOSS_ENDED
-from storage.archive.audit import THERE_AGAIN, Finding, FindingKind
+from storage.archive.audit import Finding, FindingKind
 from storage.archive.repair import FETCHED_AGAIN, Repairer
 from storage.keys import manifest_name
 from storage.operations import outbox
@@ -230,8 +231,10 @@ def test_dismissed_lost_file_is_a_note_and_is_archived_when_it_is_there_again(
     assert (exported.faults, [each for each, _ in exported.accepted]) == ([], [key])
     put(parts, key, content)
     findings: list[Finding] = audit(parts)[1]
-    assert [(each.kind, each.detail) for each in findings] == [(FindingKind.ACCEPTED, THERE_AGAIN)]
-    assert repair(parts, findings) == [FETCHED_AGAIN]
+    assert [(each.kind, each.is_there_again, note.is_there_again) for each in findings] == [
+        (FindingKind.ACCEPTED, True, False)
+    ]
+    assert repair(parts, [replace(each, detail="in other words") for each in findings]) == [FETCHED_AGAIN]
     (row,) = assets_of(parts, task)
     assert (row.state, row.sha256, said(parts, deep=True)) == (AssetState.ARCHIVED, asset.sha256, [])
 
@@ -258,8 +261,8 @@ def test_task_stays_dismissed_when_its_lost_manifest_is_written_again(parts: Par
 def test_commands_accept_a_loss(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: five of them would be a second of CPU."""
 
-    def opened(*, starts_store: bool) -> nullcontext[Parts]:
-        assert starts_store
+    def opened(*, starts_store: bool, needs_bucket: bool = True) -> nullcontext[Parts]:
+        assert starts_store and needs_bucket
         return nullcontext(parts)
 
     for module in (cli.archive, cli.operate):
