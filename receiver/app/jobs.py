@@ -17,7 +17,7 @@ from receiver.gateway import client_callback
 from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
 from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
 from receiver.workers import clock_steps
-from receiver.workers.lanes import Batches, Lane, PeriodicJob
+from receiver.workers.lanes import Batches, Lane, PeriodicJob, together
 from receiver.workers.worker import CLAIM_PAUSE_SECONDS
 from storage.accounts import idempotency
 from storage.accounts.slots import give_back_silent
@@ -89,11 +89,11 @@ def lanes(parts: Parts) -> Sequence[Lane]:
     finisher = Finisher(parts.database, parts.bucket, parts.schedule, version=receiver.__version__, circuit=store)
     return (
         Lane(
-            "callbacks", Callback, applier.work, CALLBACK_THREADS, (_RECEIVED,), work_many=applier.work_many,
+            "callbacks", Callback, applier.work, CALLBACK_THREADS, (_RECEIVED,), work_many=together(applier.begin),
             batch=lambda: BATCH,
         ),
         Lane(
-            "unmatched", Callback, finder.work, 1, (_UNMATCHED,), circuit=provider, work_many=finder.work_many,
+            "unmatched", Callback, finder.work, 1, (_UNMATCHED,), circuit=provider, work_many=together(finder.begin),
             batch=lambda: BATCH,
         ),
         Lane(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import unicodedata
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +18,7 @@ from receiver.providers.base import Provider
 from storage import states
 from storage.database.clock import db_now
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
+from storage.errors import LostClaim, ReportUnreadable
 from storage.rows import aliases, claims, reports, tasks
 from storage.rows.deliveries import AWAITS_READ, NOT_BELIEVED, compare_again
 from storage.rows.events import EventName, record
@@ -33,11 +32,8 @@ log = structlog.get_logger()
 # been committed yet, or was lost with a database.
 RECHECK_SECONDS = 60
 MAX_RECHECKS = 3
-# Deliveries that one claim takes. A commit costs about as much as applying one delivery, so they share a transaction.
+# Deliveries that one claim takes. Their writes wait together, so that they share commits.
 BATCH = 16
-# On SQLite the intake waits for that transaction, so it ends after this time. A busy worker takes ten times as long for
-# a delivery.
-MAX_TRANSACTION_SECONDS = 0.02
 # An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
@@ -105,7 +101,9 @@ class Verdict:
 
     state: CallbackState
     reason: str | None = None
-    external_task_id: str | None = None  # the task of a delivery whose token names none
+    # Of a delivery whose token names no task of ours: its task, or what it says.
+    external_task_id: str | None = None
+    provider_task_id: str | None = None
 
 
 class DeliveryApplier:
@@ -124,91 +122,34 @@ class DeliveryApplier:
         self._confirmation = confirmation
 
     def work(self, row: Callback) -> None:
-        """Apply one claimed delivery. Its changes and its settling are one transaction."""
-        with suppress(LostClaim):
-            self._apply_together([row])
+        """Apply one claimed delivery."""
+        self.begin(row)()
 
-    def work_many(self, rows: Sequence[Callback]) -> None:
-        """Apply claimed deliveries together. If that fails, apply them one by one, so that each raises its own error.
+    def begin(self, row: Callback) -> Callable[[], None]:
+        """Begin to apply one claimed delivery. The returned function waits until it is applied.
 
-        Commit and claim are half of the cost. The deliveries are sorted by task, because two transactions that lock the
-        same tasks in different orders would deadlock. A delivery without a token is applied alone, because its task is
-        not known before. One that names no task locks nothing and is applied with the others.
+        Its changes and its settling are one write of a group, because a commit costs as much as applying a delivery.
         """
-        together = sorted((row for row in rows if row.task_id), key=lambda row: (str(row.task_id), row.id))
-        alone = [row for row in rows if not row.task_id]
-        without_a_task = self._without_a_task(alone)
-        together += [row for row in alone if row.id in without_a_task]
-        alone = [row for row in alone if row.id not in without_a_task]
-        try:
-            self._apply_together(together)
-        except DatabaseUnavailable:
-            raise
-        except Exception as error:  # noqa: BLE001 - each row then raises its own error
-            log.warning("callback.batch_split", rows=len(together), error=type(error).__name__)
-            alone = [*together, *alone]
-        self._apply_apart(alone)
+        apply = partial(self._apply_and_settle, row=row, parsed=self._parse(row))
+        committed = self._database.begin_in_group(apply, task_id=row.task_id)
 
-    def _without_a_task(self, rows: Sequence[Callback]) -> set[int | None]:
-        """The deliveries that name none of our tasks at this moment."""
-        reports = [(row, self._parse(row)) for row in rows]
-        with self._database.read() as session:
-            return {
-                row.id
-                for row, report in reports
-                if isinstance(report, Report)
-                and not find(session, row.provider, report.external_task_id, report.provider_task_id)
-            }
-
-    def _apply_apart(self, rows: Sequence[Callback]) -> None:
-        """Apply each delivery by itself. Errors are raised after the last one."""
-        faults: list[Exception] = []
-        for row in rows:
-            try:
-                self.work(row)
-            except DatabaseUnavailable:
-                for fault in faults:  # Only this log line shows these errors. The rows are claimed again.
-                    log.error("worker.step_failed", exc_info=fault)
-                raise
-            except Exception as error:  # noqa: BLE001 - raised below
-                faults.append(error)
-        if faults:
-            raise ExceptionGroup("deliveries that could not be applied", faults)
-
-    def _apply_together(self, rows: Sequence[Callback]) -> None:
-        """Apply as many deliveries in one transaction as `MAX_TRANSACTION_SECONDS` allow, and at least one."""
-        left = [(row, self._parse(row)) for row in rows]
-        while left:
-            apply = partial(self._apply_some, left)
-            if self._database.is_sqlite or len(rows) == 1:
-                done = self._database.write_in_group(apply, task_id=left[0][0].task_id)
-            else:  # several tasks, which other operations of a group may lock in another order
-                with self._database.write() as session:
-                    done = apply(session)
-            left = left[len(done) :]
-            for row, verdict in done:
+        def end() -> None:
+            with suppress(LostClaim):
+                verdict = committed()
                 ids = {"callback": row.id, "task_id": row.task_id and str(row.task_id)}
                 log.info("callback.settled", **ids, state=verdict.state, reason=verdict.reason)
 
-    def _apply_some(
-        self, rows: Sequence[tuple[Callback, Report | str]], session: Session
-    ) -> list[tuple[Callback, Verdict]]:
-        done: list[tuple[Callback, Verdict]] = []
-        end = time.monotonic() + MAX_TRANSACTION_SECONDS
-        for row, report in rows:
-            if done and time.monotonic() > end:
-                break
-            verdict, due_in = self._apply(session, row, report), None
-            values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": NOW}
-            if verdict.state is CallbackState.UNMATCHED and isinstance(report, Report):
-                values |= {"external_task_id": report.external_task_id, "provider_task_id": report.provider_task_id}
-                due_in = RECHECK_SECONDS if row.attempts < MAX_RECHECKS else None
-            elif row.task_id is None:
-                values |= {"external_task_id": verdict.external_task_id, "provider_task_id": None}
-            claims.settle(session, row, due_in=due_in, **values)
-            done.append((row, verdict))
+        return end
+
+    def _apply_and_settle(self, session: Session, row: Callback, parsed: Report | str) -> Verdict:
+        verdict = self._apply(session, row, parsed)
+        values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": NOW}
+        if (is_unmatched := verdict.state is CallbackState.UNMATCHED) or row.task_id is None:
+            values |= {"external_task_id": verdict.external_task_id, "provider_task_id": verdict.provider_task_id}
+        due_in = RECHECK_SECONDS if is_unmatched and row.attempts < MAX_RECHECKS else None
+        claims.settle(session, row, due_in=due_in, **values)
         self._database.wake(session)
-        return done
+        return verdict
 
     def _parse(self, row: Callback) -> Report | str:
         if row.losses >= claims.PARK_LOSSES:
@@ -224,14 +165,14 @@ class DeliveryApplier:
     def _apply(self, session: Session, row: Callback, parsed: Report | str) -> Verdict:
         if isinstance(parsed, str):
             return self._unreadable(session, row, parsed)
+        external_id, provider_id = parsed.external_task_id, parsed.provider_task_id
         # The task of the token, else the one that the body names (without a token, or if the row was made again).
         task = tasks.lock(session, row.task_id) if row.task_id else None
-        if task is None and (named := find(session, row.provider, parsed.external_task_id, parsed.provider_task_id)):
+        if task is None and (named := find(session, row.provider, external_id, provider_id)):
             task = tasks.lock(session, named)
         if task is None:
             record(session, EventName.CALLBACK_UNMATCHED, row.task_id, {"callback": row.id})
-            return Verdict(CallbackState.UNMATCHED, "no task of ours has this id")
-        external_id, provider_id = parsed.external_task_id, parsed.provider_task_id
+            return Verdict(CallbackState.UNMATCHED, "no task of ours has this id", external_id, provider_id)
         owner = aliases.by_provider_id(session, task.provider, provider_id) if provider_id else None
         contradiction = None
         if external_id is not None and _folded(external_id) != _folded(task.external_task_id):

@@ -11,6 +11,7 @@ from typing import Any
 
 from storage.accounts.slots import Slots
 from storage.circuit import Circuit
+from storage.errors import DatabaseUnavailable
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,31 @@ class Lane:
     def threads_of(self, processes: int) -> int:
         """How many threads of this lane each of that many processes uses."""
         return max(self.threads // max(processes, 1), 1) if self.is_shared else self.threads
+
+
+def together(begin: Callable[[Any], Callable[[], object]]) -> Callable[[Sequence[Any]], None]:
+    """`work_many` for rows whose writes may share commits: `begin` is called for all, and then what it returned.
+
+    Errors are raised after the last row, so that one row's fault stops no other.
+    """
+
+    def work_many(rows: Sequence[Any]) -> None:
+        faults = list[Exception]()
+
+        def tried(call: Callable[..., Any], *given: Any) -> Any:
+            try:
+                return call(*given)
+            except Exception as error:  # noqa: BLE001 - raised below
+                faults.append(error)
+
+        for end in filter(None, [tried(begin, row) for row in rows]):
+            tried(end)
+        if faults and all(isinstance(fault, DatabaseUnavailable) for fault in faults):
+            raise faults[0]
+        if faults:
+            raise ExceptionGroup("rows that could not be worked on", faults)
+
+    return work_many
 
 
 @dataclass(frozen=True)

@@ -271,15 +271,22 @@ class Worker:
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", lane=lane.name, rows=ids, error=str(error))
             self._leases.note_unsettled(rows)
-        except Exception:
-            log.exception("worker.step_failed", lane=lane.name, rows=ids)
-            for row in rows:
-                with suppress(LostClaim, DatabaseUnavailable), self._database.write() as session:
-                    claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
+        except Exception as error:
+            log.exception("worker.step_failed", lane=lane.name, rows=ids, exc_info=error)
+            self._put_off(rows)
         finally:
             self._in_hand.remove(held)
             if grant.give_back():
                 self._wake_ups.wake_all()  # the next trial may start at once
+
+    def _put_off(self, rows: list[Any]) -> None:
+        """Settle rows that met a bug. Those that are applied or lost by now are left alone."""
+        try:
+            for row in rows:
+                with suppress(LostClaim), self._database.write() as session:
+                    claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
+        except DatabaseUnavailable:
+            self._leases.note_unsettled(rows)
 
     def _wait_for_work(self, name: str) -> None:
         if not self._stop.is_set():

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -26,6 +27,7 @@ from storage.database.turnstile import SQLITE_BUSY_SECONDS
 from storage.errors import DatabaseUnavailable, SessionReplaced
 
 Result = TypeVar("Result")
+Operation = Callable[[Session], Result]
 Transaction = Callable[[], AbstractContextManager[Session]]
 
 # PostgreSQL's codes of a statement that waited too long for a row, and of a deadlock.
@@ -46,9 +48,10 @@ KEEP_SECONDS = 1.0
 
 @dataclass(frozen=True, eq=False)
 class _Write:
-    operation: Callable[[Session], Any]
+    operation: Operation[Any]
     task_id: uuid.UUID | None
     durable: Future[Any] = field(default_factory=Future)
+    put_at: float = field(default_factory=time.monotonic)
 
     def begins(self) -> bool:
         """False: its caller has given up. A caller whose operation has begun waits for the outcome."""
@@ -90,7 +93,7 @@ class GroupWriter:
         self._thread: threading.Thread | None = None
         self._fault_at = -math.inf
 
-    def commit(self, operation: Callable[[Session], Result], *, task_id: uuid.UUID | None = None) -> Result:
+    def commit(self, operation: Operation[Result], *, task_id: uuid.UUID | None = None) -> Result:
         """Apply `operation` in a transaction with others. Returns its result once that transaction has committed.
 
         An error of the operation is raised here and fails no other: the transaction is rolled back, and the others are
@@ -100,21 +103,28 @@ class GroupWriter:
         after `WAIT_SECONDS` in which the operation did not begin. It then never begins. If it has begun, and its end
         takes as long again, it may be committed.
         """
+        return self.begin(operation, task_id=task_id)()
+
+    def begin(self, operation: Operation[Result], *, task_id: uuid.UUID | None = None) -> Callable[[], Result]:
+        """Begin a `commit`. The returned function waits for its end. Several of a thread wait together."""
         write = _Write(operation, task_id)
         self._waiting.put(write)
         if self._thread is None:
             self._start()
+        return partial(self._end, write)
+
+    def _end(self, write: _Write) -> Any:
+        until_it_begins = max(write.put_at + WAIT_SECONDS - time.monotonic(), 0)
         for is_last in (False, True):
             try:
-                result: Result = write.durable.result(WAIT_SECONDS)
-                return result
+                return write.durable.result(WAIT_SECONDS if is_last else until_it_begins)
             except _Waits:
                 break
             except TimeoutError:
                 if is_last or write.durable.cancel():
                     raise DatabaseUnavailable(f"database: no commit within {WAIT_SECONDS:g} s") from None
         with self._own_transaction() as session:
-            return operation(session)
+            return write.operation(session)
 
     def close(self) -> None:
         """End the thread once the waiting operations are committed. A later operation starts another."""

@@ -196,7 +196,7 @@ class Database:
             self.group_write, self.write, self._group_session.close, lambda session: self.at_group_end(session)
         )
         # Like `write`, in a transaction that is shared with other threads.
-        self.write_in_group = self._group_writer.commit
+        self.write_in_group, self.begin_in_group = self._group_writer.commit, self._group_writer.begin
 
     def _make_turnstile(self) -> Turnstile:
         return Turnstile(self.files["database.lock"], self._file.check, is_patient=lambda: self.outages.is_on)

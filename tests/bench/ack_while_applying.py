@@ -31,7 +31,7 @@ GOAL_SECONDS = 0.5
 WORKERS = 2
 # No program listens at the discard port.
 REFUSING = "127.0.0.1:9"
-CHUNK = 500
+CHUNK = 250
 LOAD_SECONDS, BOUND_SECONDS = 3.0, 120.0
 
 

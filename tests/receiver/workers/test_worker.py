@@ -331,6 +331,29 @@ def test_rows_unsettled_while_the_database_was_down_are_released(
     assert sorted(desk.done) == sorted(asset.id for asset in assets)
 
 
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_rows_of_a_bug_are_released_if_the_database_went_down_with_it(
+    database: Database, desk: Desk, postgres: Postgres
+) -> None:
+    (asset,) = new_assets(database, 1)
+    desk.gate.clear()
+
+    def work(row: Any) -> None:
+        if not desk.begun:
+            desk.begun.append(row.id)
+            desk.gate.wait(20)
+            raise ZeroDivisionError
+        desk.work(row)
+
+    with capture_logs() as logs, running(database, assets_lane(work), lease=30):
+        wait_until(lambda: desk.begun)
+        postgres.stop()
+        desk.gate.set()
+        wait_until(lambda: "worker.step_failed" in [line["event"] for line in logs])
+        postgres.start()
+        wait_until(lambda: desk.done == [asset.id], seconds=25)  # long before the lease ends
+
+
 @pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("s3_environment")
 def test_unreachable_bucket_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
