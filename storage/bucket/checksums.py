@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from storage import spool
 from storage.bucket.probe import sha256_base64
@@ -23,8 +23,7 @@ CHANGED = "the file changed on our disk before it was stored; retrying"
 MD5 = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(NamedTuple):
     """From one put. `checksum_agrees`: None = the store names no checksum. `etag_agrees`: None = its ETag is no MD5."""
 
     checksum_agrees: bool | None

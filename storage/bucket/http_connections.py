@@ -31,7 +31,7 @@ MAX_HEADS = 16
 MAX_BODY_BYTES = 64 * 1024
 READ_BYTES = 16 * 1024
 LENGTH = re.compile(r"[0-9]{1,9}")
-STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
+STATUS = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 BODYLESS = frozenset({204, 304})
 
 
@@ -87,7 +87,7 @@ class HttpConnections:
 
         Raises botocore's `ConnectTimeoutError` and `ReadTimeoutError`, and `ConnectionBroken`.
         """
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
         head = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
         kept = self._kept()
         if kept is not None:
@@ -197,13 +197,12 @@ def _receive(connection: socket.socket, ends: float) -> bytes:
 
 
 def _parsed(head: bytes) -> Response:
-    first, *lines = head.split(b"\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
     status = STATUS.fullmatch(first)
     if status is None:
         raise ConnectionBroken
-    pairs = (line.decode("latin-1").partition(":") for line in lines)
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    if status[1] == b"0":
+    headers = {name.lower(): value.strip() for name, _, value in [line.partition(":") for line in lines]}
+    if status[1] == "0":
         headers["connection"] = "close"
     return Response(int(status[2]), headers)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from storage.bucket import checksums
@@ -30,7 +29,7 @@ def upload(client: Any, bucket: str, put: Put, md5: Callable[[str], Mapping[str,
                 etags_agree = False
             del part  # frees it before the next part is read: eight threads with two parts each took 256 MB
         answer = client.complete_multipart_upload(**place, **put.condition, MultipartUpload={"Parts": sent})
-        return replace(checksums.evidence_of(answer, checksums.composite(sha256s), None), etag_agrees=etags_agree)
+        return checksums.evidence_of(answer, checksums.composite(sha256s), None)._replace(etag_agrees=etags_agree)
     except BaseException:
         with suppress(Exception):  # report the first failure, not that of the abort
             client.abort_multipart_upload(**place)

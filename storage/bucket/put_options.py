@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 from urllib.parse import urlencode
 
 LockMode = Literal["GOVERNANCE", "COMPLIANCE"]
@@ -49,8 +49,7 @@ class PutOptions:
         return self._constant | {"ObjectLockRetainUntilDate": datetime.now(UTC) + timedelta(days=self.lock_days)}
 
 
-@dataclass(frozen=True)
-class Put:
+class Put(NamedTuple):
     """One object to be put. `options`: boto3's arguments for a single put and for a multipart upload.
 
     `condition`: the arguments with which the put, or the completion of the upload, only creates an object.
