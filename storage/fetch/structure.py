@@ -8,6 +8,7 @@ dimensions. `storage.fetch.foreign` checks the bytes after the end.
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -82,13 +83,16 @@ class Reader:
         if self._memory is None:
             self._file.seek(self.at)
 
-    def views(self, count: int) -> Iterator[memoryview | bytes]:
-        """As `blocks`, but as one block without a copy if the file is in memory."""
-        if self._memory is None or count > self.left:
-            yield from self.blocks(count)
-        else:
+    def crc32(self, count: int, before: int) -> int:
+        """The CRC-32 of the next `count` bytes, after that of the bytes `before` them; without a copy of a file in
+        memory.
+        """
+        if self._memory is not None and count <= self.left:
             self.at += count
-            yield self._memory[self.at - count : self.at]
+            return zlib.crc32(self._memory[self.at - count : self.at], before)
+        for block in self.blocks(count):
+            before = zlib.crc32(block, before)
+        return before
 
     def blocks(self, count: int) -> Iterator[bytes]:
         """The next `count` bytes in blocks."""
