@@ -11,7 +11,6 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -59,6 +58,11 @@ OF_ASSET = (
     "id", "kind", "index", "original", "state", "key", "sha256", "size", "media_type", "width", "height", "verified",
     "accept_unverified", "fetched", "superseded", "error", "created_at", "files_expire_at", "archived_at",
 )  # fmt: skip
+# Columns of its files that the end of an archive reads, none in JSON: 17 µs for four files. Whole rows take 90.
+AT_END = (
+    "kind", "index", "original", "state", "source_url", "unusable_tries", "unconfirmed", "key", "sha256", "size",
+    "media_type", "error",
+)  # fmt: skip
 # Members that hold what others sent. The rest has ASCII names and no fraction, so `json` gives the same bytes as
 # RFC 8785 in a sixth of that package's CPU.
 OF_OTHERS = ("request", "delivery")
@@ -73,13 +77,9 @@ _NEWEST_APPLIED = sqlalchemy.select(Callback.__table__).where(  # type: ignore[a
     _CALLBACKS.task_id == bindparam("of"), _CALLBACKS.state == CallbackState.APPLIED
 )
 _NEWEST_APPLIED = _NEWEST_APPLIED.order_by(_CALLBACKS.received_at.desc(), _CALLBACKS.id.desc()).limit(1)
-
-
-@dataclass(frozen=True)
-class Written:
-    key: str
-    digest: str
-    number: int
+_ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
+_FILES = sqlalchemy.select(*(_ASSETS[name] for name in AT_END)).where(_ASSETS.task_id == bindparam("of"))
+_FILES = _FILES.order_by(_ASSETS.kind, _ASSETS.original, _ASSETS.index)
 
 
 class Finisher:
@@ -120,7 +120,8 @@ class Finisher:
         if archive is ArchiveState.INCOMPLETE:
             log.error("task.incomplete", **tasks.named(task), note=note)
 
-    def _write(self, task: Task) -> Written:
+    def _write(self, task: Task) -> dict[str, Any]:
+        """Put the manifest. Returns the columns that name it."""
         with self._database.read() as session:
             assets = tasks.assets_read(session, task.id)
             names = aliases.aliases_of(session, task.id)
@@ -134,7 +135,7 @@ class Finisher:
             sha256, size, file = hashlib.sha256(content).hexdigest(), len(content), io.BytesIO(content)
             try:
                 self._bucket.put_once(key, file, sha256=sha256, size=size, media_type=MEDIA_TYPE, metadata={})
-                return Written(key, digest, number)
+                return {"manifests": number, "manifest_key": key, "manifest_digest": digest}
             except ObjectConflict:  # a worker that died before its commit wrote this number from older rows
                 predecessor = self._digest_of(key)
                 self._pass_over(task, number, key, predecessor)
@@ -154,12 +155,12 @@ class Finisher:
         except ManifestDamaged:
             return None
 
-    def _end(self, session: Session, claimed: Task, written: Written) -> tuple[ArchiveState, str | None]:
+    def _end(self, session: Session, claimed: Task, written: dict[str, Any]) -> tuple[ArchiveState, str | None]:
         """How the archive ends, with its note. Without row objects, which took 1 ms of CPU more."""
         row = tasks.lock_standing(session, claimed.id)
         if row is None or row.lease != claimed.lease:
             raise LostClaim(f"another worker owns task {claimed.id}")
-        assets = tasks.assets_read(session, row.id)
+        assets = execute(session, _FILES, {"of": row.id}).rows
         facts = tasks.facts(row, assets)
         archive = states.outcome(facts)
         is_archived = archive is ArchiveState.ARCHIVED
@@ -167,11 +168,10 @@ class Finisher:
         fault = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
         note = (None if is_archived else _dismissal(assets)) or fault or tasks.request_note(row)
         claims.settle(
-            session, claimed, due_in=None, attempts=0, step=None, archive=archive, note=note, manifest_key=written.key,
-            manifest_digest=written.digest, manifests=written.number, archived_at=NOW,
+            session, claimed, due_in=None, attempts=0, step=None, archive=archive, note=note, archived_at=NOW, **written
         )  # fmt: skip
         kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
-        fact = {"manifest": written.key, "files": len(facts.assets), "note": fault, "assets": kept}
+        fact = {"manifest": written["manifest_key"], "files": len(facts.assets), "note": fault, "assets": kept}
         if waiting:
             fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
         record(session, EventName.TASK_ARCHIVED if is_archived else EventName.TASK_INCOMPLETE, row.id, fact)
