@@ -1,8 +1,9 @@
 """A long batch, killed on the way: `python -m tests.night_run --lines 2000 --database postgresql`.
 
 Two worker processes, the web server with a gateway client that submits beside it, the sandbox with its own limit of
-slots. The command that submits the file and both workers are killed with SIGKILL, twice; the same command is started
-again. Then provider, rows, bucket and report are compared. The short form of it runs in the suite.
+slots. The command that submits the file and both workers are killed with SIGKILL, twice, each time while the workers
+hold leases of creates and of files; the same command is started again. Then provider, rows, bucket and report are
+compared. The short form of it runs in the suite.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from sqlmodel import col, func, select
 
 from receiver.sandbox import Knobs
 from storage.accounts import batches
 from storage.accounts.batches import Counts
+from storage.rows.models import Asset, Task
+from storage.states import Step
 from tests.forked import Forked
 from tests.harness import wait_until
 from tests.running_product import Scene
 from tests.runs.outcome import Outcome
+from tests.unreported_tasks import unanswered, undelivered
 
 NAME = "night"
 SLOTS = 20
@@ -113,36 +118,50 @@ def run(
 ) -> Outcome:
     """One night: submit, kill, submit again, wait, compare. `task_seconds`: how long the provider takes for a task."""
     with Night(folder, lines=lines, database=database, task_seconds=task_seconds, count=workers) as night:
-        started = time.monotonic()
+        outcome, started = Outcome(), time.monotonic()
         client = GatewayClient(f"http://127.0.0.1:{night.environment['RECEIVER_PORT']}", max(5, lines // 50))
         client.start()
         for kill in range(1, kills + 1):
-            _submit_and_kill(night, part=(kill - 1) / kills)
+            outcome.figures[f"leases lost at kill {kill}"] = _submit_and_kill(night, lines // (2 * kills))
         last = night.submit()
         code = last.wait(lines * ONE_LINE_SECONDS + 60)
         seconds = time.monotonic() - started
         client.ended.set()
         client.join(60)
         _wait_for_the_rest(night)
-        outcome = Outcome(figures={"seconds": round(seconds, 1), "lines a second": round(lines / seconds, 1)})
+        outcome.figures |= {"seconds": round(seconds, 1), "lines a second": round(lines / seconds, 1)}
         if code != 0:
             outcome.faults.append(f"the last command ended with {code}: {_tail(night)}")
         _compare(night, client, outcome)
         return outcome
 
 
-def _submit_and_kill(night: Night, part: float) -> None:
-    """Start the command, and once this part of the batch is archived kill it and the workers, with SIGKILL."""
+def _submit_and_kill(night: Night, answered: int) -> list[int]:
+    """Start the command, and kill it and the workers with SIGKILL while answers are missing. `answered`: how many
+    creates are answered before. Returns how many leases the workers held, of creates and of files.
+
+    Without missing answers a worker holds a lease for milliseconds, and a kill would rarely meet one.
+    """
     command = night.submit()
-    goal = max(1, int(part * night.lines))
     seconds = night.lines * ONE_LINE_SECONDS + 60
-    try:
-        wait_until(lambda: night.counts().over >= goal or _ended(command, night), seconds=seconds, every=0.1)
-    finally:
-        command.kill()
-        command.wait()
-    for worker in night.workers:
-        worker.kill()
+    with unanswered(night.sandbox, but=answered), undelivered(night.sandbox, but=answered // 2):
+        try:
+            wait_until(lambda: all(_leases(night)) or _ended(command, night), seconds=seconds, every=0.1)
+            for worker in night.workers:
+                worker.kill()
+            return _leases(night)
+        finally:
+            command.kill()
+            command.wait()
+
+
+def _leases(night: Night) -> list[int]:
+    """How many leases workers hold, or held when they were killed: of the batch's creates, and of files."""
+    creates = (col(Task.step) == Step.CREATE, col(Task.batch_id).is_not(None))
+    with night.parts.database.read() as session:
+        held = [select(func.count()).where(col(Task.lease).is_not(None), *creates)]
+        held += [select(func.count()).where(col(Asset.lease).is_not(None))]
+        return [session.exec(each).one() for each in held]
 
 
 def _ended(command: Forked, night: Night) -> bool:
@@ -156,10 +175,7 @@ def _tail(night: Night) -> str:
 
 def _wait_for_the_rest(night: Night) -> None:
     """Wait until the gateway's tasks have ended, too."""
-    from sqlmodel import select
-
     from receiver.tasks.task_view import is_over
-    from storage.rows.models import Task
 
     def all_over() -> bool:
         with night.parts.database.read() as session:

@@ -61,9 +61,9 @@ def go_on_after(sandbox: Sandbox, told: int) -> None:
     sandbox.world.advance(time.time() + 3_600 * told + 60)
 
 
-def unanswered(sandbox: Sandbox) -> AbstractContextManager[None]:
-    """Creates reach the provider, and its answers arrive when the block ends."""
-    return _late(sandbox.world, "create")
+def unanswered(sandbox: Sandbox, *, but: int = 0) -> AbstractContextManager[None]:
+    """Creates reach the provider, and its answers arrive when the block ends, `but` the first."""
+    return _late(sandbox.world, "create", but)
 
 
 def undelivered(sandbox: Sandbox, *, but: int = 0) -> AbstractContextManager[None]:

@@ -620,6 +620,7 @@ def test_a_batch_survives_kills_in_the_night(database_kind: str, tmp_path: Path)
     outcome = spend_a_night(tmp_path, lines=24, database=database_kind, kills=1, workers=workers)
     assert outcome.faults == []
     assert outcome.figures["archived"] == 24
+    assert all(outcome.figures["leases lost at kill 1"])
 
 
 @ONE_DATABASE
