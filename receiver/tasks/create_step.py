@@ -16,6 +16,8 @@ The callback URL is in the request alone, so a callback to it shows that the cre
 
 from __future__ import annotations
 
+import time
+import uuid
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -54,6 +56,8 @@ log = structlog.get_logger()
 
 # A provider's list may lag behind its creates. "Not found" is believed at the second read, this much later.
 NOT_FOUND_AGAIN_SECONDS = 10
+# Misses that a process remembers. One that it forgets is timed by the database's clock alone.
+MAX_MISSES = 1_000
 # The largest difference between our clock and the provider's when we decide whose task an existing one is.
 CLOCK_TOLERANCE = timedelta(seconds=60)
 # After an unclear answer the read waits this long, so that the provider has the task.
@@ -107,6 +111,8 @@ class CreateStep:
         self._slots = slots
         self._read_rate_limit = read_rate_limit
         self._lease_seconds = lease_seconds
+        # The last misses that this process noted: the row's time, and monotonic seconds.
+        self._misses: dict[uuid.UUID, tuple[datetime, float]] = {}
 
     def send(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
         """Send a row that was just committed as sent, and settle its create.
@@ -303,14 +309,28 @@ class CreateStep:
         return (self._database.now() - since).total_seconds()
 
     def _missed(self, task: Task) -> None:
-        since = self._age_seconds(task.missed_at) if task.missed_at else -1.0
+        now = self._database.now()
+        since = self._seconds_since_miss(task, now)
         if since < 0:  # no miss yet, or the clock was set back after it
             wait = max(NOT_FOUND_AGAIN_SECONDS, claims.backoff(task.attempts))  # less often after each lost POST
-            self._later(task, "looking up whether it arrived", wait, missed_at=db_now())
+            if len(self._misses) >= MAX_MISSES:
+                self._misses.clear()
+            self._misses[task.id] = now, time.monotonic()
+            self._later(task, "looking up whether it arrived", wait, missed_at=now)
         elif since < NOT_FOUND_AGAIN_SECONDS:
             self._later(task, "looking up whether it arrived", NOT_FOUND_AGAIN_SECONDS - since)
         else:
             self._send_once(task)
+
+    def _seconds_since_miss(self, task: Task, now: datetime) -> float:
+        """How long ago the task was first not found; negative: never. If this process noted it, a clock that was set
+        forward since makes it no longer.
+        """
+        if task.missed_at is None:
+            return -1.0
+        age = (now - task.missed_at).total_seconds()
+        noted_at, began = self._misses.get(task.id, (None, 0.0))
+        return min(age, time.monotonic() - began) if noted_at == task.missed_at else age
 
     def _later(self, task: Task, note: str, due_in: float, *, waits_its_turn: bool = False, **values: Any) -> None:
         """Try again later. `waits_its_turn`: the provider asked for the delay, so it is never logged as an error."""

@@ -1,8 +1,14 @@
-"""Idempotency keys of clients and the first response to each, kept for 24 hours. Callers own the transactions."""
+"""Idempotency keys of clients and the first response to each, kept for 24 hours. Callers own the transactions.
+
+A clock that is set forward ends no key early in a process that ran before. Not covered: a process that starts with the
+wrong clock, and the clock of PostgreSQL on another host.
+"""
 
 from __future__ import annotations
 
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +21,32 @@ from storage.rows.models import Idempotency
 
 # Documented for clients (infra/docs/gateway.md).
 KEPT_SECONDS = 86_400
+# Clocks are corrected by less than this all the time.
+STEP_SECONDS = 1.0
+
+
+class ForwardSteps:
+    """How far this host's clock was set forward within the last 24 hours, seen by a clock that nobody sets.
+
+    Sleep of the host counts as a step, so its keys are kept longer.
+    """
+
+    def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._wall, self._monotonic = wall, monotonic
+        self._offset = wall() - monotonic()
+        self._earlier: list[tuple[float, float]] = []  # until when (monotonic) an earlier offset may have held
+
+    def seconds(self) -> float:
+        now = self._monotonic()
+        offset = self._wall() - now
+        if abs(offset - self._offset) > STEP_SECONDS:
+            self._earlier.append((now, self._offset))
+            self._offset = offset
+        self._earlier = [each for each in self._earlier if each[0] > now - KEPT_SECONDS]
+        return offset - min([offset, *(earlier for _, earlier in self._earlier)])
+
+
+steps = ForwardSteps()
 
 
 @dataclass(frozen=True)
@@ -31,7 +63,7 @@ def take(session: Session, key: Key, task_id: uuid.UUID) -> Idempotency | None:
 
     Of several concurrent transactions one takes the key; the others wait until it ends.
     """
-    session.execute(delete(Idempotency).where(_is(key), col(Idempotency.created_at) <= db_now(-KEPT_SECONDS)))
+    session.execute(delete(Idempotency).where(_is(key), col(Idempotency.created_at) <= db_now(-_age())))
     values = {"client": key.client, "key": key.word, "body_hash": key.body_hash, "task_id": task_id}
     while not insert_or_ignore(session, Idempotency, {**values, "created_at": db_now()}):
         known = find(session, key)
@@ -65,8 +97,13 @@ def give_back(session: Session, key: Key, task_id: uuid.UUID) -> None:
 def prune_all(database: Database) -> int:
     """Delete keys older than 24 hours. Returns how many."""
     with database.write() as session:
-        old = delete(Idempotency).where(col(Idempotency.created_at) <= db_now_once(-KEPT_SECONDS))
+        old = delete(Idempotency).where(col(Idempotency.created_at) <= db_now_once(-_age()))
         return run(session, old).rowcount
+
+
+def _age() -> float:
+    """The age by the database's clock, in seconds, at which a key is 24 hours old."""
+    return KEPT_SECONDS + steps.seconds()
 
 
 def _is(key: Key) -> Any:

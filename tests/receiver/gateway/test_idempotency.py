@@ -23,7 +23,7 @@ from receiver.gateway.creates import Creates, DuplicateWait
 from receiver.sandbox import Sandbox
 from receiver.tasks.create_outcome import CreateOutcome
 from storage.accounts import idempotency
-from storage.accounts.idempotency import Key
+from storage.accounts.idempotency import ForwardSteps, Key
 from storage.database.clock import UtcTime
 from storage.database.sessions import Database
 from storage.errors import ProviderThrottled
@@ -262,6 +262,37 @@ def test_idempotency_key_is_valid_for_a_day(cleaned: bool, web: Web, parts: Part
     assert create(web, {**PLAIN, "n": 2}, headers=WORD).json() != first
     assert idempotency.prune_all(parts.database) == 0
     assert len(creates(sandbox)) == 2
+
+
+@ON_SQLITE
+def test_a_clock_that_is_set_a_day_ahead_ends_no_key(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    day = idempotency.KEPT_SECONDS
+    clock = {"wall": 1_000_000_000.0, "monotonic": 0.0}
+    steps = ForwardSteps(lambda: clock["wall"], lambda: clock["monotonic"])
+    monkeypatch.setattr(idempotency, "steps", steps)
+    first = create(web, headers=WORD).json()
+    with parts.database.write() as session:
+        session.execute(update(Idempotency).values(created_at=parts.database.now() - timedelta(seconds=day)))
+    clock["wall"] += day
+    assert idempotency.prune_all(parts.database) == 0
+    assert create(web, headers=WORD).json() == first
+    for name in clock:
+        clock[name] += day + 1
+    assert (steps.seconds(), idempotency.prune_all(parts.database)) == (0, 1)
+    assert len(creates(sandbox)) == 1
+
+
+def test_steps_of_the_clock_add_up_for_a_day_and_a_way_back_is_none() -> None:
+    clock = {"wall": 1_000_000_000.0, "monotonic": 0.0}
+    steps = ForwardSteps(lambda: clock["wall"], lambda: clock["monotonic"])
+    seen = []
+    for step, later in ((3_600, 0), (600, 43_200), (0, 43_201), (-7_200, 0), (0, 43_201), (0.5, 0)):
+        clock["wall"] += step + later
+        clock["monotonic"] += later
+        seen.append(steps.seconds())
+    assert seen == [3_600, 4_200, 600, 0, 0, 0]
 
 
 def test_a_key_outlives_the_upgrade_that_renames_its_client(empty_database_url: str) -> None:

@@ -265,6 +265,18 @@ def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
 
 
 @ONE_DATABASE
+def test_a_clock_that_is_set_forward_is_no_second_miss(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_with_fault(parts, sandbox, UNCLEAR[0])
+    missed, now = go_on(parts), parts.database.now()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(parts.database), "now", lambda _: now + timedelta(hours=1))
+        assert (go_on(parts).missed_at, len(creates(sandbox))) == (missed.missed_at, 1)
+    assert go_on(parts, missed_at=LONG_AGO).state is TaskState.SUBMITTED
+
+
+@ONE_DATABASE
 def test_a_miss_from_a_clock_that_was_ahead_puts_nothing_off(parts: Parts, sandbox: Sandbox) -> None:
     submit_with_fault(parts, sandbox, UNCLEAR[0])
     again = go_on(parts, missed_at=parts.database.now() + timedelta(days=1))
