@@ -43,7 +43,7 @@ from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
 from storage.spool import memory_of, spool
-from storage.states import ArchiveState, AssetName, AssetState, Step
+from storage.states import ArchiveState, AssetState, Step
 
 log = structlog.get_logger()
 
@@ -146,7 +146,7 @@ class Archiver:
                 asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed,
                 total_seconds=fetch_seconds,
             )  # fmt: skip
-            is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
+            is_picture = tasks.name_of(asset).is_picture
             if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
                 # A forged link, or a CDN that confuses files, returns other bytes.
                 raise NotAnAsset(f"is {fetched.media_type}, but a picture was requested")

@@ -169,12 +169,13 @@ def _read_response(connection: socket.socket, ends: float, *, has_body: bool) ->
     """The final response, and whether it ends where its head says, so that the connection may be kept."""
     rest = bytearray()
     for _ in range(MAX_HEADS):
-        while (end := rest.find(b"\r\n\r\n")) < 0:
+        while b"\r\n\r\n" not in rest:
             block = _receive(connection, ends)
             rest += block
             if not block or len(rest) > MAX_HEAD_BYTES:
                 raise ConnectionBroken
-        response, rest = _parsed(bytes(rest[:end])), rest[end + 4 :]
+        head, _, rest = rest.partition(b"\r\n\r\n")
+        response = _parsed(head)
         if response.status >= 200:
             break
     else:
@@ -196,7 +197,7 @@ def _receive(connection: socket.socket, ends: float) -> bytes:
     return connection.recv(READ_BYTES)
 
 
-def _parsed(head: bytes) -> Response:
+def _parsed(head: bytearray) -> Response:
     first, *lines = head.decode("latin-1").split("\r\n")
     status = STATUS.fullmatch(first)
     if status is None:

@@ -67,7 +67,7 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
-def _look_up(work: Callable[[], Sequence[str]], seconds: float | None) -> Sequence[str]:
+def _look_up(work: Callable[[], Sequence[str]], seconds: float) -> Sequence[str]:
     """The result of `work`, or OSError after `seconds`.
 
     The system's resolver takes no deadline; a silent name server holds it for 5 s per try and server (resolv.conf(5)).
@@ -123,7 +123,7 @@ class TransferDeadline:
     wait_seconds: float = math.inf
     clock: Callable[[], float] = time.monotonic
     _ends: float = field(init=False)
-    _head_ends: float | None = field(init=False)
+    _head_ends: float = field(init=False)  # infinite during the body
     _waited: float = field(init=False, default=0.0)
     _bytes: int = field(init=False, default=0)
 
@@ -136,32 +136,33 @@ class TransferDeadline:
         self._head_ends = self.clock() + self.head_seconds
 
     def expect_body(self) -> None:
-        self._head_ends, self._waited, self._bytes = None, 0.0, 0
+        self._head_ends, self._waited, self._bytes = math.inf, 0.0, 0
 
     def allow(self, timeout: float | None) -> float:
         """Seconds that the next wait may take, at most `timeout`. Raises `FetchInterrupted` when no time is left."""
         now = self.clock()
         if now >= self._ends:
             raise FetchInterrupted(f"took longer than {self.total_seconds:g} s")
-        if self._head_ends is not None and now >= self._head_ends:
+        if now >= self._head_ends:
             raise FetchInterrupted(f"no complete response head within {self.head_seconds:g} s")
-        ends = self._ends if self._head_ends is None else min(self._ends, self._head_ends)
-        return min(self.wait_seconds if timeout is None else timeout, ends - now)
+        return min(self.wait_seconds if timeout is None else timeout, self._ends - now, self._head_ends - now)
 
     def received(self, size: int, waited: float) -> None:
         """Count one read. Raises `FetchInterrupted` if the last window was slower than the minimum."""
         self._waited += waited
         self._bytes += size
-        if self._head_ends is not None or self._waited < SPEED_WINDOW_SECONDS:
+        if self._head_ends < math.inf or self._waited < SPEED_WINDOW_SECONDS:
             return
         if self._bytes < self._waited * self.min_bytes_per_second:
             raise FetchInterrupted(f"slower than {self.min_bytes_per_second:g} bytes a second")
         self._waited, self._bytes = 0.0, 0
 
 
+# Of lookups and waits outside of a transfer.
+_NO_TRANSFER = TransferDeadline(math.inf, head_seconds=math.inf, min_bytes_per_second=0, wait_seconds=LOOKUP_SECONDS)
 # A context variable, because httpcore passes no argument through to the connection. Its synchronous pool reads and
 # writes in the thread of the request.
-_transfer_deadline: ContextVar[TransferDeadline | None] = ContextVar("transfer_deadline", default=None)
+_transfer_deadline: ContextVar[TransferDeadline] = ContextVar("transfer_deadline", default=_NO_TRANSFER)
 
 
 @contextmanager
@@ -174,9 +175,8 @@ def with_deadline(deadline: TransferDeadline) -> Iterator[None]:
         _transfer_deadline.reset(token)
 
 
-def _allow(timeout: float | None) -> float | None:
-    deadline = _transfer_deadline.get()
-    return timeout if deadline is None else deadline.allow(timeout)
+def _allow(timeout: float | None) -> float:
+    return _transfer_deadline.get().allow(timeout)
 
 
 class GuardedBackend(httpcore.NetworkBackend):
@@ -311,9 +311,7 @@ class GuardedStream(httpcore.NetworkStream):
         except OSError as error:
             raise httpcore.ReadError(_message(error)) from error
         self.ended = not count
-        deadline = _transfer_deadline.get()
-        if deadline is not None:
-            deadline.received(count, time.monotonic() - started)
+        _transfer_deadline.get().received(count, time.monotonic() - started)
         return buffer[:count]
 
     @property

@@ -229,7 +229,7 @@ class Body:
         self._sink = sink
         self._max_bytes = max_bytes
         self._parts, self.size = 1, 0
-        self._begin({}, None, is_resumable=False)
+        self._resumed_by: Mapping[str, str] = {}  # may hold a validator
 
     def _begin(self, headers: Mapping[str, str], total: int | None, *, is_resumable: bool) -> None:
         """Begin the file, or begin it again."""
@@ -240,7 +240,7 @@ class Body:
         self.headers = headers
         self.notes: list[str] = []
         self.digest = hashlib.sha256()
-        self._resumed_by = headers if is_resumable else {}  # may hold a validator
+        self._resumed_by = headers if is_resumable else {}
 
     @property
     def validator(self) -> str | None:
