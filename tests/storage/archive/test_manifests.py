@@ -6,6 +6,8 @@ import json
 
 import pytest
 import rfc8785
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from receiver.app.wiring import Parts
 from storage.archive import manifest
@@ -43,6 +45,23 @@ def test_a_manifest_is_written_in_its_rfc_8785_form(parts: Parts) -> None:
     assert content == rfc8785.dumps(members)
     assert members["digest"] == digest
     assert (members["request"], members["assets"][0]["notes"]) == (task.request, asset.notes)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8")) | st.text(st.characters(max_codepoint=0x7F)),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(max_codepoint=0xFF)), inner),
+)  # fmt: skip
+
+
+@given(JSON.map(lambda value: {"value": value}))
+@example({"\U0001f6a4": 1, "\ufb33": 1})
+@example({"value": 1.0})
+@example({"value": [-1e-7]})
+@example({"value": [0, 1e16]})
+@example({"value": '"\\/ \x7f \x1f \b\f\n\r\t'})
+def test_any_value_is_dumped_in_its_rfc_8785_form(value: dict[str, object]) -> None:
+    assert manifest._dump(value) == rfc8785.dumps(value)  # type: ignore[arg-type]
 
 
 def _digested(members: dict[str, object]) -> dict[str, object]:
