@@ -204,7 +204,8 @@ class AccountBudget:
                 self._of_task[task_id] = kept if is_full else kept + 1
                 while len(self._of_task) > REMEMBERED_TASKS:
                     self._of_task.pop(next(iter(self._of_task)))
-            known = select(Callback.id).where(Callback.delivery_key == delivery.key)
+            at_account = col(Callback.task_id).is_(None)
+            known = select(Callback.id).where(at_account, Callback.delivery_key == delivery.key)
             if is_full and session.exec(known).first() is None:
                 raise AccountFull(is_task=True)
         return None if is_full else task_id

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import structlog
 from anyio import CapacityLimiter, to_thread
 from prometheus_client import Counter
-from sqlalchemy import func
+from sqlalchemy import func, literal_column
 from sqlmodel import Session, col, select
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -61,8 +62,8 @@ BODY_SECONDS = 10.0
 TARPIT_SECONDS = 1.0
 # The evidence of a wrong signature is worth storing a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
-# Rejected deliveries are counted among this many of the newest: all of a task's own, and a moving window of the account
-# URL's, which can have more than a write transaction should scan.
+# Rejected deliveries are counted among this many of the newest that are not applied: all of a task's own, and a moving
+# window of the account URL's, which can have more than a write transaction should scan.
 NEWEST = 500
 # Limits per task: at most one extra read and one log line in these intervals.
 READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
@@ -271,8 +272,9 @@ class Callbacks:
 
     def _keep_refused(self, delivery: Delivery) -> bool:
         """Store a refused delivery. Returns False if enough are stored already."""
-        newest = select(Callback.state).where(Callback.task_id == delivery.task_id)
-        looked_at = newest.order_by(col(Callback.id).desc()).limit(NEWEST).subquery()
+        applied: Any = literal_column(f"'{CallbackState.APPLIED}'")  # a literal, like in the partial index
+        newest = select(Callback.state).where(Callback.task_id == delivery.task_id, col(Callback.state) != applied)
+        looked_at = newest.order_by(col(Callback.received_at).desc()).limit(NEWEST).subquery()
         rejected = select(func.count()).where(looked_at.c.state == CallbackState.REJECTED)
         with self._database.write() as session:
             is_kept = session.exec(rejected).one() < MAX_REJECTED_PER_TASK

@@ -138,13 +138,14 @@ class Health:
         transaction takes and gives back are never written.
         """
         body = uuid.uuid4().bytes + os.urandom(body_bytes)
+        of_nobody = delete(Callback).where(col(Callback.task_id).is_(None))
         probe = Delivery("readiness", "push", None, body, state=CallbackState.REJECTED)
         with self._database.write() as session:
-            session.execute(delete(Callback).where(col(Callback.delivery_key) == self._probe_key))
+            session.execute(of_nobody.where(col(Callback.delivery_key) == self._probe_key))
             store(session, [probe])
         self._probe_key = probe.key  # key of a probe that could not be deleted
         with self._database.write() as session:
-            session.execute(delete(Callback).where(col(Callback.delivery_key) == probe.key))
+            session.execute(of_nobody.where(col(Callback.delivery_key) == probe.key))
 
     def _check_lateness(self) -> dict[str, str]:
         with self._database.read() as session:

@@ -56,9 +56,9 @@ class Claimable(Row):
     lease: uuid.UUID | None = None
 
 
-def partial_index(name: str, condition: str, *columns: Any) -> Index:
+def partial_index(name: str, condition: str, *columns: Any, unique: bool = False) -> Index:
     where = text(condition)
-    return Index(name, *columns, postgresql_where=where, sqlite_where=where)
+    return Index(name, *columns, unique=unique, postgresql_where=where, sqlite_where=where)
 
 
 def due_indexes(table: str, *, lane: str | None = None, expires: bool = False) -> tuple[Index, ...]:

@@ -94,7 +94,7 @@ _SQLITE_INSERTS = {
     size: (
         f"{_INTO} SELECT given.*, {_NOW}, CASE column8 WHEN 'received' THEN {_NOW} END, 0, 0 "  # noqa: S608 - our own constants
         f"FROM (VALUES {', '.join([_SQLITE_ROW] * size)}) AS given WHERE column1 IS NOT NULL "
-        "ON CONFLICT (delivery_key) DO NOTHING"
+        "ON CONFLICT DO NOTHING"
     )
     for size in _SQLITE_SIZES
 }
@@ -108,7 +108,7 @@ POSTGRESQL_INSERT = (
     "CASE state WHEN 'received' THEN clock_timestamp() END, 0, 0 "
     "FROM json_to_recordset(%(rows)s::json) AS given (delivery_key text, provider text, source text, task_id uuid, "
     "webhook_id text, headers jsonb, starts_at int, size int, state text, reason text) "
-    "ON CONFLICT (delivery_key) DO NOTHING RETURNING delivery_key), "
+    "ON CONFLICT DO NOTHING RETURNING delivery_key), "
     f"notified AS (SELECT pg_notify('{WAKE_CHANNEL}', '') FROM new LIMIT 1) "
     "SELECT delivery_key, (SELECT count(*) FROM notified) FROM new"
 )
@@ -251,7 +251,7 @@ _READS = select(func.sum(_OF_TASK.attempts)).where(
 )
 _REPEATED = select(_CALLBACKS.id).where(
     _CALLBACKS.delivery_key.in_(bindparam("keys", expanding=True)),
-    _CALLBACKS.state == CallbackState.UNREADABLE,
+    _CALLBACKS.state == literal_column(f"'{CallbackState.UNREADABLE}'"),
     _READS.scalar_subquery() < UNREADABLE_READS,
 )
 # Rows that another transaction changes are skipped, because two transactions that wait for several rows could deadlock.

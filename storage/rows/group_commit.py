@@ -324,7 +324,7 @@ def _beyond_limit(connection: Connection, deliveries: list[Delivery], counted: s
     per_task = per_task.group_by(col(Callback.task_id)).having(func.count() >= MAX_KEPT_PER_TASK)
     full = set(connection.execute(per_task).scalars())
     keys = {each.key for each in deliveries if each.task_id in full}
-    known = select(Callback.delivery_key).where(col(Callback.delivery_key).in_(keys))
+    known = select(Callback.delivery_key).where(col(Callback.task_id).in_(full), col(Callback.delivery_key).in_(keys))
     return keys - set(connection.execute(known).scalars()) if keys else keys
 
 

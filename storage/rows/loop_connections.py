@@ -31,7 +31,7 @@ _TASK_NAMED = (
     "SELECT coalesce((SELECT id FROM task WHERE external_task_id = ?), "
     "(SELECT task_id FROM task_alias WHERE provider = ? AND provider_task_id = ?))"
 )
-_IS_STORED = "SELECT 1 FROM callback WHERE delivery_key = ?"
+_IS_STORED = "SELECT 1 FROM callback WHERE delivery_key = ? AND task_id IS NULL"
 _UNREADABLE_POSTGRESQL = _UNREADABLE + "= ANY(%s)"
 
 
@@ -106,7 +106,7 @@ class SqliteLoopReads:
         return uuid.UUID(found) if found else None
 
     def is_stored(self, key: str) -> bool:
-        """Whether there is a delivery with this key."""
+        """Whether there is a delivery with this key whose token names no task."""
         return self._connection.execute(_IS_STORED, (key,)).fetchone() is not None
 
     def close(self) -> None:

@@ -340,7 +340,7 @@ def test_no_question_about_a_task_reads_all_deliveries(parts: Parts, sandbox: Sa
 
     found = plans(parts.database, look)
     assert scans(parts.database, look) == []
-    assert found.count("callback_task") >= 2 and "callback_at_account" in found
+    assert found.count("callback_delivery ") >= 2 and "callback_at_account" in found
 
 
 # -- all orders -------------------------------------------------------------------------------------------------------

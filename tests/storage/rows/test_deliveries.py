@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sqlmodel import func, select
 
-from storage.database.sessions import Database
-from storage.rows import deliveries
+from storage.database.sessions import Database, run
+from storage.rows import deliveries, group_commit
 from storage.rows.deliveries import Delivery
+from storage.rows.loop_connections import SqliteLoopConnection, SqliteLoopReads
 from storage.rows.models import Callback
 from storage.states import CallbackState
 from tests.rows import wait_until_blocked
@@ -73,3 +78,29 @@ def test_batches_with_the_same_deliveries_do_not_deadlock(database: Database) ->
             wait_until_blocked(database, other)
             assert deliveries.store(session, [high]) == {high.key}
         assert other.result(SECONDS) == set()
+
+
+def plans(connection: Any, ask: Callable[[], object]) -> str:
+    """How SQLite runs the statements of `ask`."""
+    said: list[str] = []
+    connection.set_trace_callback(said.append)
+    ask()
+    connection.set_trace_callback(None)
+    looks = [words for words in said if words.startswith(("SELECT", "WITH", "UPDATE", "DELETE"))]
+    return str([connection.execute(f"EXPLAIN QUERY PLAN {words}").fetchall() for words in looks])
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_a_delivery_is_found_without_reading_the_others(database: Database) -> None:
+    """No index has all keys, so each statement says which of the others it means."""
+    keys, found = {"a", "b"}, []
+    loop, reads = SqliteLoopConnection(database), SqliteLoopReads(database)
+    found.append(plans(loop._connection, lambda: asyncio.run(loop.unreadable(keys))))
+    found.append(plans(reads._connection, lambda: reads.is_stored("a")))
+    with database.write() as session:
+        driver = session.connection().connection.driver_connection
+        found.append(plans(driver, lambda: run(session, deliveries._APPLY_AGAIN, {"keys": keys})))
+        found.append(plans(driver, lambda: group_commit._beyond_limit(session.connection(), [GOOD], {TASK})))
+    assert all("callback" in plan and not re.search(r"SCAN (TABLE )?callback\b", plan) for plan in found), found
+    asyncio.run(loop.close())
+    reads.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,13 @@ from sqlmodel import SQLModel, select
 
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.rows import migrations
-from storage.rows.models import Task, TaskAlias
+from storage.rows import deliveries, migrations
+from storage.rows.deliveries import Delivery
+from storage.rows.models import Callback, Task, TaskAlias
 from storage.states import TaskState
 from tests.forked import Forked
 from tests.harness import ROOT, wait_until
-from tests.rows import new_task
+from tests.rows import LONG_AGO, new_task
 
 
 @pytest.fixture
@@ -141,19 +144,39 @@ def test_an_upgrade_that_fails_leaves_nothing(empty: Database) -> None:
     assert migrations.current(empty) is None
 
 
-def test_ids_of_unsigned_deliveries_are_removed(database: Database) -> None:
-    with database.write() as session:
+def test_ids_of_unsigned_deliveries_are_removed(empty: Database) -> None:
+    migrations.upgrade(empty, "0014")
+    with empty.write() as session:
         poisoned, ours = new_task(session, provider_task_id="foreign"), new_task(session, provider_task_id="901")
         refused = new_task(session, provider_task_id="901", state=TaskState.FAILED)  # its owner has taken the id over
         for task, name, unsigned in ((poisoned, "foreign", True), (ours, "901", False), (ours, "902", True)):
             values = {"provider": task.provider, "provider_task_id": name, "task_id": task.id, "unsigned": unsigned}
             session.add(TaskAlias(**values))
-        session.execute(text("UPDATE alembic_version SET version_num = '0014'"))
-    migrations.upgrade(database)
-    with database.read() as session:
+    migrations.upgrade(empty)
+    with empty.read() as session:
         assert session.scalars(select(TaskAlias.provider_task_id)).all() == ["901"]
         kept = {task.id: task.provider_task_id for task in session.scalars(select(Task))}
     assert kept == {poisoned.id: None, refused.id: None, ours.id: "901"}
+
+
+def test_deliveries_of_earlier_releases_stay_and_are_known(empty: Database) -> None:
+    """Step 0016 moves them to a table without the old constraint on SQLite."""
+    migrations.upgrade(empty, "0015")
+    named = [Delivery("kling", "push", task_id, body, {"user-agent": "é"}, "w1")
+             for task_id in (None, uuid.UUID(int=1), uuid.UUID(int=2)) for body in (b"{}", b"\xff\0")]  # fmt: skip
+    every = "SELECT * FROM callback ORDER BY id"
+    with empty.write() as session:
+        for one in named:
+            row = Callback(delivery_key=one.key, provider="kling", source="push", task_id=one.task_id, body=one.body)
+            session.add(row.sqlmodel_update({"headers": one.headers, "webhook_id": "w1", "received_at": LONG_AGO}))
+        session.flush()
+        before = session.execute(text(every)).all()
+    migrations.upgrade(empty)
+    with empty.write() as session:
+        assert session.execute(text(every)).all() == before and len(before) == len(named)
+        assert deliveries.store(session, named) == set()
+        assert deliveries.store(session, [replace(named[0], body=b"[]")])
+        assert session.scalars(select(Callback.id).order_by(Callback.id)).all()[-1] > before[-1].id
 
 
 def test_a_schema_of_a_later_release_is_refused_and_left_alone(database: Database) -> None:
