@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -180,9 +182,59 @@ def _visible(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> Mu
     return {name: shown(name, value) for name, value in fields.items()}
 
 
+class LogStream:
+    """Standard error for log lines. A line that it does not take is dropped and counted in `dropped`.
+
+    Neither a full disk behind it nor a log collector that has ended or stopped reading may end or stop the work.
+    """
+
+    PATIENCE_SECONDS = 1  # for a reader that has fallen behind; after a dropped line there is none until one is taken
+
+    def __init__(self, stream: TextIO) -> None:
+        self.dropped = 0
+        self._stream = stream
+        self._is_torn = False  # whether the last line was cut
+        try:
+            self._descriptor: int | None = stream.fileno()
+        except OSError:  # it is in memory
+            self._descriptor = None
+
+    def write(self, text: str) -> None:
+        try:
+            self._write(text)
+        except (OSError, ValueError):  # ValueError: it was closed
+            self.dropped += 1
+        else:
+            self.dropped = 0
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def _write(self, text: str) -> None:
+        if self._descriptor is None:
+            self._stream.write(text)
+            return
+        rest = ("\n" * self._is_torn + text).encode(self._stream.encoding or "utf-8", "backslashreplace")
+        ready = select.poll()
+        ready.register(self._descriptor, select.POLLOUT)
+        while rest:
+            if not ready.poll(0 if self.dropped else self.PATIENCE_SECONDS * 1_000):
+                raise BlockingIOError
+            # A pipe that is ready takes this many bytes without blocking.
+            rest = rest[os.write(self._descriptor, rest[: select.PIPE_BUF]) :]
+            self._is_torn = bool(rest)
+
+
 def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:
     """Send structured logs to standard error. `auto`: readable lines on a terminal, otherwise JSON."""
     console = output == "console" or (output == "auto" and sys.stderr.isatty())
+    stream = LogStream(sys.stderr)
+
+    def with_gap(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if stream.dropped:
+            fields["lines_dropped"] = stream.dropped
+        return fields
+
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -190,6 +242,7 @@ def configure(level: str = "info", output: Literal["auto", "console", "json"] = 
         structlog.processors.StackInfoRenderer(),
         structlog.processors.format_exc_info,
         _scrubbed,
+        with_gap,
     ]
     if console:
         shared.append(_visible)
@@ -197,10 +250,10 @@ def configure(level: str = "info", output: Literal["auto", "console", "json"] = 
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("httpx", "httpcore", "botocore", "boto3", "urllib3"):  # at debug level they log headers and whole URLs

@@ -56,10 +56,21 @@ def _root(
     pass
 
 
+def _open_standard_streams() -> None:
+    """Open /dev/null in place of each standard stream that was closed before the start. Otherwise a socket or the
+    database would get its number, and with it all that is printed.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the least free number
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+
+
 def main() -> None:
     """Entry point. A known fault prints its own lines and exits with 1. Anything else is a bug and prints a
     traceback.
     """
+    _open_standard_streams()
     threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
     try:
         _refuse_undecodable(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from receiver.base.collector import collector_paused, import_without_rich
 from receiver.cli.opening import opened
-from receiver.cli.terminal import say
+from receiver.cli.terminal import OutputFailed, say
 
 if TYPE_CHECKING:
     from receiver.base.config import Settings
@@ -93,11 +94,12 @@ def _name_console(settings: Settings) -> None:
     file, first = Path(settings.store or ".", "console.key"), settings.console_people[0].key.get_secret_value()
     is_made = file.is_file() and file.read_text().strip() == first  # `opening` made it, as none was set
     key = f"the key in {file}" if is_made else "a key of RECEIVER_CONSOLE_KEYS"
+    words = f"{url}  (log in with {key})"
     if sys.stdout.isatty():
         token = one_time_token(settings.console_people[0])
-        say(f"console: {url}/login?once={token}  (works once, within ten minutes; afterwards log in with {key})")
-    else:
-        say(f"console: {url}  (log in with {key})")
+        words = f"{url}/login?once={token}  (works once, within ten minutes; afterwards log in with {key})"
+    with suppress(OutputFailed, BrokenPipeError):  # callbacks come whether or not somebody reads this
+        say(f"console: {words}")
 
 
 def _name_settings(settings: Settings) -> None:

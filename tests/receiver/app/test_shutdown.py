@@ -35,10 +35,11 @@ EXIT_SECONDS = 40
 
 
 @contextmanager
-def serving(settings: dict[str, str], folder: Path) -> Iterator[Forked]:
+def serving(settings: dict[str, str], folder: Path, log: Path | None = None) -> Iterator[Forked]:
     """`receiver serve` with one worker process, ready; killed at the end if it still runs."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    process = Forked(("serve",), {**rest, **settings}, folder, out=folder / "serve.log", constants=BODY_SECONDS)
+    out = log or folder / "serve.log"
+    process = Forked(("serve",), {**rest, **settings}, folder, out=out, constants=BODY_SECONDS)
     url = settings["RECEIVER_PUBLIC_URL"]
     try:
         wait_until(lambda: _answers(f"{url}/readyz?strict=1"), seconds=40)
@@ -133,4 +134,11 @@ def test_sigterm_under_load_loses_no_acknowledged_delivery(
 def test_a_terminal_that_is_closed_ends_it_in_order(settings: dict[str, str], parts: Parts, tmp_path: Path) -> None:
     with serving(settings, tmp_path) as process:
         process.send_signal(signal.SIGHUP)
+        assert process.wait(EXIT_SECONDS) == 0
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_full_disk_behind_the_log_ends_no_process(settings: dict[str, str], tmp_path: Path) -> None:
+    with serving(settings, tmp_path, log=Path("/dev/full")) as process:
+        process.send_signal(signal.SIGTERM)
         assert process.wait(EXIT_SECONDS) == 0

@@ -132,6 +132,12 @@ def test_a_full_disk_behind_json_is_reported_in_one_line(ready: CommandLine, wor
     assert (code, err.read_text()) == (1, "standard output cannot be written: No space left on device\n")
 
 
+def test_a_command_runs_with_its_standard_streams_closed(ready: CommandLine) -> None:
+    shell = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh")
+    words = (*shell, sys.executable, "-m", "receiver", "batch", "list", "--json")
+    assert subprocess.run(words, env={**os.environ, **ready.variables}, cwd=ready.folder, timeout=60).returncode == 0
+
+
 def test_faults_of_single_settings_and_of_several_together_are_listed_at_once(receiver: CommandLine) -> None:
     wrong = {"RECEIVER_PORT": "80O0", "RECEIVER_KLING_API_KEY": "Bearer x", "RECEIVER_PUBLIC_URL": "http://a.example"}
     done = receiver("status", **wrong, RECEIVER_CALLBACK_SECRETS="short", RECEIVER_S3_BUCKET=None)
