@@ -21,7 +21,7 @@ from receiver.providers.base import ProviderRequest, RequestInvalid, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.submit import Submitter
 from storage.accounts import batches, slots
-from storage.accounts.accepted_creates import was_accepted
+from storage.accounts.accepted_creates import may_prove_accepted, was_accepted
 from storage.accounts.batches import CHUNK, Counts
 from storage.database.sessions import Database
 from storage.errors import UserError
@@ -250,6 +250,8 @@ def _send_again(session: Session, task: Task, submitter: Submitter) -> str | Non
     """Queue a create that was refused. Returns the reason why it cannot be queued, or None."""
     if task.lease is not None:
         return "a worker holds it; try again when it has finished"
+    if may_prove_accepted(session, task):
+        return "a callback came for it, so it is read first; try again when that is done"
     if is_dismissed(task):  # The row changed since it was read.
         return "dismissed"
     try:

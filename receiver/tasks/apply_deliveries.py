@@ -80,8 +80,7 @@ class Confirmation:
             return False
         named = states.assets_in(report, task.series)
         is_over = task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
-        is_refused = task.state is TaskState.FAILED and task.provider_task_id is None
-        if report.status is not TaskState.SUCCEEDED or is_refused or (is_over and named.keys() - set(known)):
+        if report.status is not TaskState.SUCCEEDED or _is_refused(task) or (is_over and named.keys() - set(known)):
             return False
         is_exact = len(named) == task.expected == len(named.keys() | set(known))
         are_pictures = all(name.is_picture for name in named)
@@ -226,6 +225,8 @@ class DeliveryApplier:
             return self._request_read(session, task, report, f"{UNKNOWN} {report.raw_status!r}")
         if report.external_task_id not in (None, task.external_task_id):
             return self._request_read(session, task, report, "the body's external_task_id is written otherwise")
+        if report.status not in states.TERMINAL and _is_refused(task) and not confirmed:  # it may have arrived
+            return self._request_read(session, task, report, AWAITS_READ)
         known = facts.assets.keys() if facts else ()
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
         if believed or _is_known(facts or tasks.facts_now(session, task), report, confirmed=confirmed):
@@ -311,6 +312,11 @@ def find(
     if external_task_id and (task := tasks.by_external_id(session, external_task_id)):
         return task.id
     return aliases.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
+
+
+def _is_refused(task: Task) -> bool:
+    """Whether the task failed and the provider has named no id of it, most often because its create was refused."""
+    return task.state is TaskState.FAILED and task.provider_task_id is None
 
 
 def _is_known(facts: TaskFacts, report: Report, *, confirmed: bool) -> bool:

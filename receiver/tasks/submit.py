@@ -21,7 +21,7 @@ from receiver.providers.base import (
 )
 from receiver.tasks.create_step import CreateStep
 from storage.accounts import pauses, slots
-from storage.accounts.accepted_creates import was_accepted
+from storage.accounts.accepted_creates import may_prove_accepted, was_accepted
 from storage.accounts.slots import Slots
 from storage.database.sessions import Database, again_on_new_session
 from storage.errors import (
@@ -167,8 +167,8 @@ class Submitter:
         """Send the request again with the row of the same external id, whose create the provider refused.
 
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
-        the id is taken: also by a create that may have been accepted, one whose task is to be read, and another request
-        of a batch. Raises `NoSlots`, `AccountRefused` and `NoRoom`.
+        the id is taken: also by a create that may have been accepted, one that was called back and is to be read, and
+        another request of a batch. Raises `NoSlots`, `AccountRefused` and `NoRoom`.
         """
         wanted.queued_at, wanted.slots = None, abs(wanted.slots)  # `insert` may have put it into the queue
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
@@ -179,8 +179,8 @@ class Submitter:
         row = tasks.lock(session, found.id) if found else None
         if row is None or row.state is not TaskState.FAILED or was_accepted(row):
             return None
-        if row.step is not None or row.lease is not None or row.deleted_at is not None:
-            return None  # a read that waits may show that the provider has the task
+        if row.lease is not None or row.deleted_at is not None or may_prove_accepted(session, row):
+            return None
         if row.batch_id is not None and row.request_hash != wanted.request_hash:
             return None  # the batch would lose this line's order
         if shortage := self._database.shortage():

@@ -1,17 +1,18 @@
 """Whether the provider may have accepted the create of a failed task: it has named its id, the task was silent for its
 result lifetime, or the create ended here before it was known whether it arrived.
 
-Such a create may have been charged, so nothing sends it again. A callback alone is no sign, because a refused create's
-URL may be known to others.
+Such a create may have been charged, so nothing sends it again. A callback alone is no proof, because a refused create's
+URL may be known to others. It causes a read, and until that is made the create is not sent again either.
 """
 
 from __future__ import annotations
 
 from sqlalchemy import and_, func, or_
-from sqlmodel import col
+from sqlmodel import Session, col, select
 
-from storage.rows.models import Task
+from storage.rows.models import Callback, Task
 from storage.rows.task_conditions import DISMISSED
+from storage.states import CallbackState
 
 # The error of an accepted task that no report ended.
 NEVER_REPORTED = "never_reported"
@@ -27,6 +28,12 @@ _IS_IN_DOUBT = or_(
 # No answer of the provider ended it, so a read may still find it.
 ENDED_WITHOUT_ANSWER = or_(_ERROR == NEVER_REPORTED, and_(col(Task.sent_at).is_not(None), _IS_IN_DOUBT))
 WAS_ACCEPTED = or_(col(Task.provider_task_id).is_not(None), ENDED_WITHOUT_ANSWER)
+
+
+def may_prove_accepted(session: Session, task: Task) -> bool:
+    """Whether a read or a delivery waits that may still show that the provider accepted this create."""
+    waits = select(Callback.id).where(Callback.task_id == task.id, Callback.state == CallbackState.RECEIVED)
+    return task.step is not None or session.exec(waits.limit(1)).first() is not None
 
 
 def was_accepted(task: Task) -> bool:

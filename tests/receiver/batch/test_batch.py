@@ -284,6 +284,19 @@ def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sand
     assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == 2
 
 
+@pytest.mark.databases("sqlite")
+def test_a_refused_create_that_was_called_back_is_read_before_it_is_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1301"])
+    put(parts, LINES[0])
+    finish(parts)
+    (row,) = rows(parts)
+    deliver(parts, row, {"task_id": "foreign", "task_status": "processing"})
+    left = of(parts).retry("night").left
+    assert "a callback came for it" in left[row.external_task_id]
+    run(parts, "reads", "callbacks")
+    assert of(parts).retry("night").counts == {"creates_queued": 1}
+
+
 @pytest.mark.parametrize("end", [{"losses": 6}, {"sent_at": LONG_AGO}], ids=["parked", "no answer"])
 def test_a_create_that_ended_in_doubt_is_not_sent_again(parts: Parts, sandbox: Sandbox, end: dict[str, Any]) -> None:
     """It may have arrived: it is read, and only a new name pays for it again."""

@@ -249,6 +249,34 @@ def test_a_retry_of_a_task_that_ended_in_doubt_reads_the_ids_in_its_deliveries(p
     assert len(creates(sandbox)) == 1
 
 
+def is_free(parts: Parts) -> bool:
+    """Whether the gateway would send the id again, with another request."""
+    wanted = parts.submitter.row(parts.submitter.parse({**REQUEST, "prompt": "another"}), ID)
+    with parts.database.write() as session:
+        is_sent = parts.submitter.insert_again(session, wanted) is not None
+        session.rollback()
+    return is_sent
+
+
+@pytest.mark.parametrize("status", ["submitted", "processing"])
+@pytest.mark.parametrize("has_arrived", [True, False])
+def test_a_refused_create_that_was_called_back_is_read_before_its_id_is_free(
+    parts: Parts, sandbox: Sandbox, status: str, has_arrived: bool
+) -> None:
+    """The provider's gateway may have refused what the provider accepted, or the callback is forged."""
+    sandbox.set(create_faults=["1301:created" if has_arrived else "1301"])
+    task = submit_request(parts)
+    assert (task.state, is_free(parts)) == (TaskState.FAILED, True)
+    told = body(status, task_id=provider_id(sandbox) if has_arrived else "foreign")
+    commit_delivery(parts, task, told)
+    assert not is_free(parts), "no worker has applied it yet"
+    run(parts, "callbacks")
+    assert (callbacks_of(parts)[0].reason, is_free(parts)) == (AWAITS_READ, False)
+    run(parts, "reads", "callbacks")
+    found = task_of(parts, ID)
+    assert (found.provider_task_id is not None, is_free(parts)) == (has_arrived, not has_arrived)
+
+
 def test_a_picture_of_a_create_that_was_sent_again_and_refused_is_kept(parts: Parts, sandbox: Sandbox) -> None:
     """The first create had arrived, and its callback comes after the refusal of the second."""
     sandbox.set(create_faults=["5000:created", "1301"])
