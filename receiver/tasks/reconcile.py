@@ -30,8 +30,9 @@ from storage.operations import maintenance
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, compare_again, store_poll
 from storage.rows.models import Callback, Task
+from storage.rows.task_conditions import is_dismissed
 from storage.rows.tasks import clear_other_notes, note_after_others
-from storage.states import CallbackState, Report, TaskState
+from storage.states import CallbackState, Report, Step, TaskState
 
 log = structlog.get_logger()
 
@@ -173,6 +174,9 @@ class Reader:
                     store_poll(session, delivery, CallbackState.APPLIED, None)
                 report = self._report(row, record, moment)
                 reports.apply(session, row, report, self._schedule, now=moment, pushed=False)
+                if record is not None and self._is_failed_too_early(row, record, moment):
+                    row.step = Step.READ
+                    claims.make_due(row, self._schedule.poll_delay(row.polls))
                 compare_again(session, row)
                 self._database.wake(session)
         except LostClaim:
@@ -185,6 +189,11 @@ class Reader:
         if task.state not in states.TERMINAL and self._is_past_its_lifetime(task, moment):
             return Report(None, None, TaskState.FAILED, message=NEVER_REPORTED)
         return record.report if record else Report(None, None, None)
+
+    def _is_failed_too_early(self, task: Task, record: Record, moment: datetime) -> bool:
+        """Whether the task failed here and the provider still works on it: a create that was refused and arrived."""
+        is_done = record.report.status in states.TERMINAL or self._is_past_its_lifetime(task, moment)
+        return task.state is TaskState.FAILED and not is_done and not is_dismissed(task)
 
     def _is_past_its_lifetime(self, task: Task, moment: datetime) -> bool:
         since = task.submitted_at or task.created_at

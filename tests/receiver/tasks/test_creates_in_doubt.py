@@ -275,6 +275,9 @@ def test_a_refused_create_that_was_called_back_is_read_before_its_id_is_free(
     run(parts, "reads", "callbacks")
     found = task_of(parts, ID)
     assert (found.provider_task_id is not None, is_free(parts)) == (has_arrived, not has_arrived)
+    sandbox.world.advance(time.time() + 10_000)
+    make_due_now(parts, Task)
+    assert (drain(parts, ID).archive is ArchiveState.ARCHIVED) is has_arrived
 
 
 def test_a_picture_of_a_create_that_was_sent_again_and_refused_is_kept(parts: Parts, sandbox: Sandbox) -> None:
