@@ -210,16 +210,14 @@ class DeliveryApplier:
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         if task.deleted_at is not None:  # It waits for nothing, not even for a read.
             return Verdict(CallbackState.APPLIED, DELETED)
+        facts = tasks.facts_now(session, task)
         if row.reason == AWAITS_READ:  # A read has been applied, or a person has dismissed the task.
             if is_dismissed(task):
                 return Verdict(CallbackState.APPLIED, DISMISSED)
-            is_true = states.agrees(tasks.facts_now(session, task), report)
-            return self._decided(task, row, report, BY_READ if is_true else OTHERWISE)
+            return self._decided(task, row, report, BY_READ if states.agrees(facts, report) else OTHERWISE)
         if not (by_token or confirmed):
-            return self._decided(task, row, report, self._read_if_new(session, task, report))
-        # Nearly all other deliveries are decided without the task's files.
-        facts = tasks.facts_now(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
-        if facts and (other := states.other_files(facts, report)):
+            return self._decided(task, row, report, self._read_if_new(session, task, facts, report))
+        if not confirmed and (other := states.other_files(facts, report)):
             return self._request_read_for_files(session, task, facts, report, other)
         if report.status is None:
             return self._request_read(session, task, report, f"{UNKNOWN} {report.raw_status!r}")
@@ -227,9 +225,10 @@ class DeliveryApplier:
             return self._request_read(session, task, report, "the body's external_task_id is written otherwise")
         if report.status not in states.TERMINAL and _is_refused(task) and not confirmed:  # it may have arrived
             return self._request_read(session, task, report, AWAITS_READ)
-        known = facts.assets.keys() if facts else ()
-        believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
-        if believed or _is_known(facts or tasks.facts_now(session, task), report, confirmed=confirmed):
+        believed = self._confirmation.is_believed(
+            report, task, signed=signed, by_token=by_token, known=facts.assets.keys()
+        )
+        if believed or _is_known(facts, report, confirmed=confirmed):
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             if task.step is not Step.READ:
@@ -243,13 +242,12 @@ class DeliveryApplier:
             reports.note_called_back(task, report, row.received_at)
         return Verdict(CallbackState.APPLIED, reason)
 
-    def _read_if_new(self, session: Session, task: Task, report: Report) -> str:
+    def _read_if_new(self, session: Session, task: Task, facts: TaskFacts, report: Report) -> str:
         """Read the task if an unsigned delivery at the account's URL says something new of it. Returns the reason.
 
         Anyone may know that URL, so nothing else of the task changes. While another file of it comes from an unsigned
         delivery, reads follow the poll schedule once the other reads are spent.
         """
-        facts = tasks.facts_now(session, task)
         other = states.other_files(facts, report)
         is_doubted = any(facts.assets[name].unconfirmed for name in other)
         if other and not is_doubted:

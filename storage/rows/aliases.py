@@ -22,7 +22,6 @@ _OWNER = _OWNER.where(
 
 def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
     """Our task for which the provider, or a gateway in front of it, uses this id."""
-    session.flush()
     owners = execute(session, _OWNER, {"by": provider, "wanted": provider_task_id}).rows
     return owners[0].task_id if owners else None
 
@@ -53,6 +52,5 @@ def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
     Unmatched deliveries under a new id become due.
     """
     values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id, "unsigned": False}
-    session.flush()
     if execute(session, _NEW_ALIAS[session.get_bind().dialect.name], values).rows:
         rematch(session, task.id, task.provider, provider_task_id=provider_task_id)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import insert, update
+import sqlalchemy
+from sqlalchemy import ColumnElement, bindparam, func, insert, update
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.database.clock import db_now
+from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.rows import aliases, claims, tasks
 from storage.rows.events import EventName, record
@@ -73,33 +74,32 @@ def apply(
     provider itself reported it, in an answer or a signed delivery. It then replaces what only an unsigned delivery
     said, archived files too. An unconfirmed report replaces no confirmed link.
     """
-    assets = {tasks.name_of(asset): asset for asset in tasks.assets_of(session, task.id)}
-    before = tasks.facts(task, list(assets.values()))
     if task.deleted_at is not None:
         _rest(session, task)
         return Decision(task.state, task.archive)
-    if before.series is None and report.series is not None:
+    if task.series is None:
         task.series = report.series
+    facts = tasks.facts_now(session, task)
     if pushed:
         note_called_back(task, report, now)
         task.polls = 0
     else:
         task.step = None  # the read has been made
-        task.completeness_reads += before.state is TaskState.SUCCEEDED and states.is_short(before)
+        task.completeness_reads += facts.state is TaskState.SUCCEEDED and states.is_short(facts)
     task.reported_at = now
-    known = replace(before, series=task.series)
-    decision = states.decide(known, report, confirmed=confirmed)
+    decision = states.decide(facts, report, confirmed=confirmed)
     _change_state(session, task, report, decision, now)
-    _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)
+    if decision.add or decision.replace:
+        _write_links(session, task, report, decision, schedule, now, confirmed=confirmed)
     if confirmed:
         task.units = task.units if report.units is None else report.units
-        _confirm_assets(session, task, known, assets, report, now)
+        _confirm_assets(session, task, facts, report)
     # An unsigned delivery could name another's task, which would then be read in place of this one.
     if confirmed and report.provider_task_id is not None:
         task.provider_task_id = task.provider_task_id or report.provider_task_id
         aliases.note_alias(session, task, report.provider_task_id)
     # A doubted delivery caused the read of an ended task. The same one, sent again unsigned, must not withdraw it.
-    is_asked = task.step is Step.READ and before.state in states.TERMINAL
+    is_asked = task.step is Step.READ and facts.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
@@ -119,31 +119,29 @@ def other_words(names: Iterable[AssetName]) -> str:
     return ", ".join(f"{name.kind} {name.index}" for name in sorted(names)[:MAX_NAMED])
 
 
-def _confirm_assets(
-    session: Session, task: Task, known: TaskFacts, assets: dict[AssetName, Asset], report: Report, now: datetime
-) -> None:
+def _confirm_assets(session: Session, task: Task, facts: TaskFacts, report: Report) -> None:
     """Files that only an unsigned delivery named are confirmed by the provider's report, or replaced by it."""
     if report.status is not TaskState.SUCCEEDED:
         return
-    other = states.other_files(known, report)
-    won = {name: url for name, url in other.items() if assets[name].unconfirmed}
-    for name in states.assets_in(report, known.series).keys() & assets.keys():
-        assets[name].unconfirmed = False
+    doubted = {name for name, asset in facts.assets.items() if asset.unconfirmed}
+    for name in states.assets_in(report, facts.series).keys() & doubted:
+        run(session, update(Asset).where(*_is(task, name)).values(unconfirmed=False))
+    won = {name: url for name, url in states.other_files(facts, report).items() if name in doubted}
     if not won:
         return
     contradict(session, task, task.state, report.status, files=other_words(won))
     task.note = f"the provider names another file for {other_words(won)} than an unsigned delivery did"
     task.archive = states.ArchiveState.ARCHIVING
     for name, url in won.items():
-        _fetch_anew(session, assets[name], url)
+        _fetch_anew(session, task, name, url)
 
 
-def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
+def _fetch_anew(session: Session, task: Task, name: AssetName, url: str) -> None:
     """Fetch the new link. A worker that fetches the old one loses its claim. A file stored from the old link is
     superseded.
     """
-    session.flush()
-    session.refresh(asset, with_for_update=True)
+    locked = select(Asset).where(*_is(task, name)).with_for_update()
+    asset = session.exec(locked.execution_options(populate_existing=True)).one()
     asset.superseded = [*asset.superseded, asset.key] if asset.key else asset.superseded
     asset.source_url, asset.state = url, AssetState.DUE
     asset.key = asset.sha256 = asset.size = asset.archived_at = asset.error = None
@@ -176,10 +174,9 @@ def _change_state(session: Session, task: Task, report: Report, decision: Decisi
     record(session, STATE_EVENTS[decision.state], task.id, {"error": task.error} if failed else None)
 
 
-def _write_assets(
+def _write_links(
     session: Session,
     task: Task,
-    assets: dict[AssetName, Asset],
     report: Report,
     decision: Decision,
     schedule: Schedule,
@@ -187,13 +184,17 @@ def _write_assets(
     *,
     confirmed: bool,
 ) -> None:
+    """Write the links of new files, and new links of known ones."""
     for name, url in decision.replace.items():
-        asset = assets[name]
-        asset.source_url = url
-        asset.files_expire_at = _files_expire_at(url, report, schedule, now)
-        _make_due(session, asset)
-    added = [
-        {
+        asset = update(Asset).where(*_is(task, name))
+        run(session, asset.values(source_url=url, files_expire_at=_files_expire_at(url, report, schedule, now)))
+        # Due now unless it is settled or claimed meanwhile, because a claim takes no task lock. An unusable file keeps
+        # its schedule, unless its try waits for this very link (`attempts` counts it).
+        free = asset.where(col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None))
+        free = free.where((col(Asset.unusable_tries) == 0) | (col(Asset.attempts) > 0))
+        run(session, free.values(**claims.DUE_NOW, error=None))
+    for name, url in decision.add.items():
+        values = {
             **_BLANK,
             "id": tasks.asset_id(task.id, name),
             "task_id": task.id,
@@ -206,29 +207,22 @@ def _write_assets(
             "unconfirmed": not confirmed,
             **claims.due(now),
         }
-        for name, url in decision.add.items()
-    ]
-    if added:
-        run(session, _NEW_ASSETS, added)
-    expiries = [row["files_expire_at"] for row in added] + [asset.files_expire_at for asset in assets.values()]
-    task.files_expire_at = min((moment for moment in expiries if moment), default=None)
-    session.flush()
+        execute(session, _NEW_ASSET, values)
+    ((task.files_expire_at,),) = execute(session, _FIRST_EXPIRY, {"of": task.id}).rows
 
 
-def _make_due(session: Session, asset: Asset) -> None:
-    """Make a file due now unless it is settled or claimed meanwhile, because a claim takes no task lock.
-
-    An unusable file keeps its schedule, unless its try waits for this very link (`attempts` counts it).
-    """
-    free = update(Asset).where(
-        col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
+def _is(task: Task, name: AssetName) -> tuple[ColumnElement[bool], ...]:
+    """The condition of one file of the task."""
+    return (
+        col(Asset.task_id) == task.id,
+        col(Asset.kind) == name.kind,
+        col(Asset.index) == name.index,
+        col(Asset.original) == name.original,
     )
-    free = free.where((col(Asset.unusable_tries) == 0) | (col(Asset.attempts) > 0))
-    free = free.values(**claims.DUE_NOW, error=None)
-    session.execute(free.execution_options(synchronize_session=False))
 
 
-_NEW_ASSETS = insert(Asset.__table__)  # type: ignore[attr-defined]
+_NEW_ASSET = insert(Asset.__table__)  # type: ignore[attr-defined]
+_FIRST_EXPIRY = sqlalchemy.select(func.min(Asset.files_expire_at)).where(col(Asset.task_id) == bindparam("of"))
 # The columns that no report sets. Made once, because a row object for each asset would cost more than its insertion.
 _BLANK = Asset.model_construct().model_dump()
 
@@ -300,7 +294,6 @@ def _rest(session: Session, task: Task) -> None:
 
 def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bool:
     """Whether a read of the locked task waits and is due now or within some seconds."""
-    if task.step is not Step.READ:  # the usual case needs no query
+    if task.step is not Step.READ or task.lease is not None or task.due_at is None:
         return False
-    waits = (Task.id == task.id, Task.step == Step.READ, col(Task.lease).is_(None))
-    return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= db_now(within_seconds))).first() is not None
+    return task.due_at <= tasks.now(session) + timedelta(seconds=within_seconds)

@@ -189,7 +189,6 @@ _ASSET_FACTS = sqlalchemy.select(*(_ASSETS[name] for name in _OF_ASSET)).where(_
 
 def facts_now(session: Session, task: Task | Standing) -> TaskFacts:
     """`facts` from the current rows without row objects, because every settled file needs them."""
-    session.flush()
     return facts(task, execute(session, _ASSET_FACTS, {"of": task.id}).rows)
 
 

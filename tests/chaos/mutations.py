@@ -188,7 +188,7 @@ MUTATIONS = (
     Mutation(
         "a delivery is called confirmed although the read found otherwise",
         "receiver/tasks/apply_deliveries.py",
-        "BY_READ if is_true else OTHERWISE",
+        "BY_READ if states.agrees(facts, report) else OTHERWISE",
         "BY_READ",
         STRANGERS,
     ),

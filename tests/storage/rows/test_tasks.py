@@ -443,7 +443,8 @@ HEARD = st.tuples(WORDS | st.sampled_from([pictures(2), pictures(1), POSITIONAL,
 
 def end_of(session: Session, heard: list[tuple[Report, bool]]) -> object:
     """The rows after these reports, without times and URLs."""
-    task = new_task(session, expected=2, series=False)
+    task = tasks.lock(session, new_task(session, expected=2, series=False).id)
+    assert task is not None
     for report, pushed in heard:
         reports.apply(session, task, report, Schedule(), now=LONG_AGO, pushed=pushed)
     rows = [(tasks.name_of(asset), asset.state) for asset in tasks.assets_of(session, task.id)]
