@@ -18,7 +18,7 @@ from storage.database.sessions import Database
 from storage.database.sqlite_file import SQLITE_PRAGMAS
 from storage.database.turnstile import Turnstile
 from storage.database.urls import psycopg_arguments
-from storage.rows.deliveries import POSTGRESQL_INSERT, Delivery, insert_sqlite, postgresql_values
+from storage.rows.deliveries import Delivery, insert_sqlite, postgresql_inserts
 from storage.states import CallbackState
 
 if TYPE_CHECKING:
@@ -123,13 +123,16 @@ class PostgresLoopConnection:
 
     async def insert(self, deliveries: Sequence[Delivery]) -> set[str]:
         connection = await self._opened()
+        new = set[str]()
         try:
-            result = await connection.execute(POSTGRESQL_INSERT, postgresql_values(deliveries))
+            for each in postgresql_inserts(deliveries):
+                result = await connection.execute(*each)
+                new.update([key for key, _ in await result.fetchall()])
         except Exception as error:
             if getattr(error, "sqlstate", None) in (READ_ONLY, STALE_PLAN):
                 await connection.close()  # a demoted server keeps its sessions permanently, and a session its plans
             raise
-        return {key for key, _ in await result.fetchall()}
+        return new
 
     async def unreadable(self, keys: Collection[str]) -> set[str]:
         connection = await self._opened()

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import select
 from structlog.testing import capture_logs
 
@@ -203,6 +204,20 @@ def test_a_look_for_unreadable_ones_that_an_old_session_refuses_makes_no_new_del
             futures = [intake.put(body(number)) for number in (0, 1)]
         assert answers(futures) == {"duplicate": 1, "new": 1}
     assert stored_bodies(database) == [b"0", b"1"]
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("task_id", [TASK, None])
+def test_a_sequence_behind_its_table_makes_no_new_delivery_a_duplicate(
+    database: Database, running: InLoop, task_id: uuid.UUID | None
+) -> None:
+    """Logical replication copies rows and no sequences, so the next id may be that of a row."""
+    with database.write() as session:
+        deliveries.store(session, list(map(body, range(20))))
+        session.execute(text("SELECT setval(pg_get_serial_sequence('callback', 'id'), 1, false)"))
+    ends = running.put_all([replace(GOOD, task_id=task_id), replace(GOOD, task_id=None, body=b"2")])
+    assert set(map(type, ends)) == {IntegrityError}  # answered 503, and sent again
+    assert len(stored_bodies(database)) == 20
 
 
 def test_deliveries_of_one_turn_of_the_loop_share_a_commit(database: Database, running: InLoop, way: str) -> None:
