@@ -77,7 +77,7 @@ class Poster:
         target = check_url(url, self._policy)
         seconds = self._timeout_seconds
         pace = connection.TransferDeadline(seconds, head_seconds=seconds, min_bytes_per_second=0)
-        with connection.with_deadline(pace), _silences(target.host), self._request(target, body, headers) as response:
+        with pace, _silences(target.host), self._request(target, body, headers) as response:
             _read_a_little(response)
             said = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
         return Answer(target.host, response.status, retry_after(said.get("retry-after", ""), datetime.now(UTC)))

@@ -125,8 +125,12 @@ class Bucket(StoredObjects):
         put = Put(key, file, sha256, size, self._put_options.arguments() | own, condition)
         # The key is looked up first where the put alone does not decide: a store refuses a multipart upload only after
         # all parts have been sent. A store that loses its conditional writes after a probe overwrites until the next.
-        decides = conditional and can.believed and not in_parts
-        if not decides and not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
+        is_certain = conditional and not in_parts
+        if (
+            not (is_certain and can.believed)
+            and not self._is_missing(key)
+            and self.holds(key, sha256=sha256, size=size)
+        ):
             return False
         for pause in (*CONFLICT_PAUSES, None):
             try:
@@ -141,7 +145,6 @@ class Bucket(StoredObjects):
                     words = f"the store answers HTTP 409 (try again) to every put of {key}; retrying"
                     raise StoreUnavailable(words) from None
                 time.sleep(pause)
-        is_certain = conditional and not in_parts
         if not (self._is_proof(evidence) and (is_certain or self._is_there(put, evidence))):
             self._verify_by_reading(put, evidence)
         return True

@@ -143,7 +143,7 @@ class Fetcher:
         target = check_url(url, self._policy)
         deadline = self._deadline(total_seconds or self._total_seconds)
         try:
-            with connection.with_deadline(deadline):
+            with deadline:
                 target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
             media = media_types.inspect(sink, accept_unverified=accept_unverified)
             sink.seek(0)

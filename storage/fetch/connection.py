@@ -16,9 +16,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -114,7 +114,8 @@ class TransferDeadline:
     """Time limits of one fetch: in total, for the response head, for each wait without a limit of its own, and a
     minimum speed for the body.
 
-    Speed is bytes per second of *waiting* for them, so a slow local disk does not count against the sender.
+    Speed is bytes per second of *waiting* for them, so a slow local disk does not count against the sender. Used as a
+    context, it applies to every wait of this thread's connections.
     """
 
     total_seconds: float
@@ -130,6 +131,12 @@ class TransferDeadline:
     def __post_init__(self) -> None:
         self._ends = self.clock() + self.total_seconds
         self.expect_head()
+
+    def __enter__(self) -> None:
+        self._token = _transfer_deadline.set(self)
+
+    def __exit__(self, *_: object) -> None:
+        _transfer_deadline.reset(self._token)
 
     def expect_head(self) -> None:
         """Start `head_seconds` for a request's connection and response head."""
@@ -163,16 +170,6 @@ _NO_TRANSFER = TransferDeadline(math.inf, head_seconds=math.inf, min_bytes_per_s
 # A context variable, because httpcore passes no argument through to the connection. Its synchronous pool reads and
 # writes in the thread of the request.
 _transfer_deadline: ContextVar[TransferDeadline] = ContextVar("transfer_deadline", default=_NO_TRANSFER)
-
-
-@contextmanager
-def with_deadline(deadline: TransferDeadline) -> Iterator[None]:
-    """Apply `deadline` to every wait of this thread's connections."""
-    token = _transfer_deadline.set(deadline)
-    try:
-        yield
-    finally:
-        _transfer_deadline.reset(token)
 
 
 def _allow(timeout: float | None) -> float:

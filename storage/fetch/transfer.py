@@ -85,7 +85,7 @@ class Response(NamedTuple):
 class Connections:
     """Connections of one `Fetcher`, each kept for the next request to its scheme, host and port. Thread-safe.
 
-    `most`: of idle ones. Waits are bounded by `connection.with_deadline`. Each head gets a parser of its own;
+    `most`: of idle ones. Waits are bounded by a `connection.TransferDeadline`. Each head gets a parser of its own;
     httpcore's pool looks at all connections at every request.
     """
 
