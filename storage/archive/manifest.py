@@ -27,7 +27,7 @@ from storage import states
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.clock import db_now
-from storage.database.prepared import execute, unattached
+from storage.database.prepared import execute
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
 from storage.keys import manifest_key
@@ -73,7 +73,7 @@ ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirm
 
 NOW = db_now()
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
-_NEWEST_APPLIED = sqlalchemy.select(Callback.__table__).where(  # type: ignore[attr-defined]
+_NEWEST_APPLIED = sqlalchemy.select(_CALLBACKS.source, _CALLBACKS.body, _CALLBACKS.received_at).where(
     _CALLBACKS.task_id == bindparam("of"), _CALLBACKS.state == CallbackState.APPLIED
 )
 _NEWEST_APPLIED = _NEWEST_APPLIED.order_by(_CALLBACKS.received_at.desc(), _CALLBACKS.id.desc()).limit(1)
@@ -126,8 +126,7 @@ class Finisher:
             assets = tasks.assets_read(session, task.id)
             names = aliases.aliases_of(session, task.id)
             # The last delivery that was applied reported the end.
-            newest = unattached(Callback, execute(session, _NEWEST_APPLIED, {"of": task.id}))
-            delivery = newest[0] if newest else None
+            delivery = next(iter(execute(session, _NEWEST_APPLIED, {"of": task.id}).rows), None)
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
             content, digest = build(task, assets, names, delivery, self._version, predecessor)
@@ -210,15 +209,15 @@ def build(
     task: Task,
     assets: Sequence[Asset],
     aliases: Sequence[str],
-    delivery: Callback | None,
+    delivery: Any,
     version: str,
     predecessor: str | None,
 ) -> tuple[bytes, str]:
     """The manifest's bytes and its digest: SHA-256 of its RFC 8785 form without the member `digest`.
 
     Contains no secret and no signed URL: every address is cut before `?`. `aliases`: every id by which the provider has
-    called the task. `predecessor`: digest of the manifest that this one replaces. `manifest.schema.json` beside this
-    file describes the members.
+    called the task. `delivery`: source, body and time of the last one that was applied. `predecessor`: digest of the
+    manifest that this one replaces. `manifest.schema.json` beside this file describes the members.
     """
     facts = tasks.facts(task, assets)
     decided = {"archive": states.outcome(facts).value, "note": states.shortfall(facts)}
@@ -277,7 +276,7 @@ def digest_of(members: Mapping[str, Any]) -> str:
     return hashlib.sha256(rfc8785.dumps(rest)).hexdigest()
 
 
-def _delivery(delivery: Callback) -> dict[str, Any]:
+def _delivery(delivery: Any) -> dict[str, Any]:
     try:
         body = json.loads(delivery.body)
     except (ValueError, RecursionError):
