@@ -34,6 +34,9 @@ def _no_schema(parts: Parts, line: str) -> Result:
 
 def schema(parts: Parts) -> Result:
     current, wanted = migrations.current(parts.database), migrations.head()
+    if encoding := migrations.wrong_encoding(parts.database):
+        line = f"the database has the encoding {encoding}: a request, report or file name with other letters fails"
+        return Result("database", Status.FAULT, line, migrations.MAKE_UTF8)
     if current == wanted:
         heartbeats.try_write(parts.database)
         return Result("database", Status.OK, f"takes writes, schema {current} is current")

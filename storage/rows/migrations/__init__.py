@@ -12,10 +12,13 @@ from pathlib import Path
 from sqlalchemy import inspect, text
 
 from storage.database.sessions import Database
+from storage.errors import UserError
 
 # Any constant will do: it names our migrations among PostgreSQL's advisory locks.
 ADVISORY_LOCK = 7_236_101
 FOLDER = Path(__file__).parent
+# `initdb` and `pg_createcluster` take SQL_ASCII with the locale C or POSIX.
+MAKE_UTF8 = "make one that holds every text: createdb -T template0 -E UTF8 NAME"
 IF_NEWER = "run a receiver of the version that made it"
 
 
@@ -38,10 +41,24 @@ def is_newer(current: str | None) -> bool:
     return current is not None and current > head()
 
 
+def wrong_encoding(database: Database) -> str | None:
+    """The encoding of a PostgreSQL database that does not hold every text, None if it is UTF8."""
+    if database.is_sqlite:
+        return None
+    with database.read() as session:
+        encoding = str(session.execute(text("SHOW server_encoding")).scalar_one())
+    return None if encoding == "UTF8" else encoding
+
+
 def upgrade(database: Database, revision: str = "head") -> None:
-    """Bring the schema up to date in one transaction, under a lock: any number of processes may call it at once."""
+    """Bring the schema up to date in one transaction, under a lock: any number of processes may call it at once.
+
+    Raises `UserError` for a new schema in a database whose encoding does not hold every text.
+    """
     if revision == "head" and current(database) == head():
         return
+    if current(database) is None and (encoding := wrong_encoding(database)):
+        raise UserError(f"RECEIVER_DATABASE_URL: the database has the encoding {encoding}; {MAKE_UTF8}")
     from alembic import command
     from alembic.config import Config
 

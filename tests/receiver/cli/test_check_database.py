@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 
 from receiver.sandbox import Sandbox
@@ -76,3 +77,23 @@ def test_direct_url_without_postgresql_is_refused(receiver: CommandLine, databas
     done = receiver("status", RECEIVER_DATABASE_URL="sqlite:///a.db", RECEIVER_DATABASE_DIRECT_URL=database_url)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert done.err.startswith("RECEIVER_DATABASE_DIRECT_URL: ")
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_a_database_that_does_not_hold_every_text_is_refused(
+    encoding: str, receiver: CommandLine, postgres: Postgres
+) -> None:
+    name = f"other_{encoding.lower()}"
+    with psycopg.connect(postgres.url(), autocommit=True) as server:
+        server.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING '{encoding}'".encode())
+    try:
+        done = receiver("migrate", RECEIVER_DATABASE_URL=postgres.url(name))
+        code, said = lines(receiver, RECEIVER_DATABASE_URL=postgres.url(name))
+    finally:
+        postgres.drop_database(name)
+    advice = "make one that holds every text: createdb -T template0 -E UTF8 NAME"
+    assert (done.code, done.err) == (
+        1,
+        f"RECEIVER_DATABASE_URL: the database has the encoding {encoding}; {advice}\n",
+    )
+    assert code == 1 and f"the database has the encoding {encoding}" in said
