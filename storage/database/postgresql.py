@@ -44,6 +44,9 @@ SET_STYLE = "SET DateStyle TO ISO"
 # For statements outside a transaction. With `serializable` as the default, duplicate deliveries at once were answered
 # 503. Behind a pooler the next client of the server's session would inherit it.
 SET_ISOLATION = "SET default_transaction_isolation TO 'read committed'"
+# A database may end sessions that are idle for some seconds or minutes, as ours often are. Each end was logged as an
+# outage. PostgreSQL has this setting since version 14.
+KEEP_IDLE = "SET idle_session_timeout TO 0"
 
 
 def is_pooled(connection: Connection[Any] | AsyncConnection[Any], process_id: int) -> bool:
@@ -53,6 +56,11 @@ def is_pooled(connection: Connection[Any] | AsyncConnection[Any], process_id: in
 
 def needs_style(connection: Connection[Any] | AsyncConnection[Any]) -> bool:
     return not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO")
+
+
+def keep_idle(connection: Connection[Any] | AsyncConnection[Any]) -> list[str]:
+    """The statement that keeps this session however long it is idle, if the server has that setting."""
+    return [KEEP_IDLE] if connection.info.server_version >= 140_000 else []
 
 
 class Sessions:
@@ -98,7 +106,7 @@ class Sessions:
     def defaults(self, connection: Connection[Any] | AsyncConnection[Any]) -> str:
         """Statements that replace a database's own defaults in a new session, "" for none."""
         statements = [SET_STYLE] if needs_style(connection) else []
-        return "; ".join(statements if self.is_pooled else [*statements, SET_ISOLATION])
+        return "; ".join(statements if self.is_pooled else [*statements, SET_ISOLATION, *keep_idle(connection)])
 
     def is_replaceable(self) -> bool:
         """Whether a new session may be able to write where an old one is not."""

@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
-from storage.database.postgresql import FACTS, is_pooled
+from storage.database.postgresql import FACTS, is_pooled, keep_idle
 from storage.database.urls import psycopg_arguments
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class PostgresWaker:
         if self._is_pooled:
             self.close()
         else:
-            self._connection.execute(f"LISTEN {self._channel}")
+            self._connection.execute("; ".join([*keep_idle(self._connection), f"LISTEN {self._channel}"]))
 
     def close(self) -> None:
         if self._connection is not None:

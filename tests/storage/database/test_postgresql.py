@@ -197,14 +197,33 @@ def test_defaults_of_the_database_change_nothing(default: str, value: str, datab
         session.execute(text(f'ALTER DATABASE "{name}" RESET {default}'))
 
 
+def test_sessions_are_kept_where_the_database_ends_idle_ones(database: Database) -> None:
+    name = database.url.database
+    with database.write() as session:
+        session.execute(text(f"ALTER DATABASE \"{name}\" SET idle_session_timeout = '1s'"))
+    database.writer.dispose()
+    shown = text("SELECT current_setting('idle_session_timeout')")
+    try:
+        with database.write() as session:
+            assert session.execute(shown).scalar_one() == "0"
+        assert asyncio.run(shown_in_the_loop(database, str(shown))) == "0"
+        with closing(database.waker()) as waker:
+            waker.wait(0)
+            connection = waker._connection  # type: ignore[attr-defined]
+            assert connection.execute(str(shown)).fetchone() == ("0",)
+    finally:
+        with database.write() as session:
+            session.execute(text(f'ALTER DATABASE "{name}" RESET idle_session_timeout'))
+
+
 ISOLATION = text("SHOW transaction_isolation")
 
 
-async def isolation_in_the_loop(database: Database) -> str:
+async def shown_in_the_loop(database: Database, statement: str = "SHOW transaction_isolation") -> str:
     connection = loop_connections.PostgresLoopConnection(database)
     await connection.unreadable([])
     assert connection._connection is not None
-    shown = await (await connection._connection.execute("SHOW transaction_isolation")).fetchone()
+    shown = await (await connection._connection.execute(statement)).fetchone()
     await connection.close()
     return str(shown[0]) if shown else ""
 
@@ -218,7 +237,7 @@ def test_every_write_is_read_committed_whatever_the_default(level: str, database
     seen = [database.write_in_group(lambda session: session.execute(ISOLATION).scalar_one())]
     with database.autocommit_writer() as connection:
         seen.append(connection.execute(ISOLATION).scalar_one())
-    seen.append(asyncio.run(isolation_in_the_loop(database)))
+    seen.append(asyncio.run(shown_in_the_loop(database)))
     assert seen == ["read committed"] * 3
     with database.write() as session:
         session.execute(text(change.format("RESET")))
