@@ -166,6 +166,7 @@ def test_deliveries_of_earlier_releases_stay_and_are_known(empty: Database) -> N
              for task_id in (None, uuid.UUID(int=1), uuid.UUID(int=2)) for body in (b"{}", b"\xff\0")]  # fmt: skip
     every = "SELECT * FROM callback ORDER BY id"
     with empty.write() as session:
+        session.execute(text("CREATE VIEW of_an_operator AS SELECT id FROM callback"))
         for one in named:
             row = Callback(delivery_key=one.key, provider="kling", source="push", task_id=one.task_id, body=one.body)
             session.add(row.sqlmodel_update({"headers": one.headers, "webhook_id": "w1", "received_at": LONG_AGO}))
@@ -174,6 +175,7 @@ def test_deliveries_of_earlier_releases_stay_and_are_known(empty: Database) -> N
     migrations.upgrade(empty)
     with empty.write() as session:
         assert session.execute(text(every)).all() == before and len(before) == len(named)
+        assert len(session.execute(text("SELECT id FROM of_an_operator")).all()) == len(named)
         assert deliveries.store(session, named) == set()
         assert deliveries.store(session, [replace(named[0], body=b"[]")])
         assert session.scalars(select(Callback.id).order_by(Callback.id)).all()[-1] > before[-1].id
