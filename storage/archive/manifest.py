@@ -64,6 +64,9 @@ AT_END = (
     "kind", "index", "original", "state", "source_url", "unusable_tries", "unconfirmed", "key", "sha256", "size",
     "media_type", "error",
 )  # fmt: skip
+# Members that hold what others sent. The rest has ASCII names and no fraction, so `json` gives its RFC 8785 form in a
+# sixth of the package's CPU.
+OF_OTHERS = ("request", "delivery")
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 # In what `_JSON` wrote: every number with a fraction or an exponent, and rarely a text.
 FRACTION = re.compile(r'(?:":|[\[,])-?[0-9]+[.e]')
@@ -233,15 +236,16 @@ def build(
             for asset in assets
         ],
     }
-    dumped = {name: _dump(value) for name, value in without_signatures(content).items()}
+    plain = without_signatures(content)
+    dumped = {name: _dump(value, is_ours=name not in OF_OTHERS) for name, value in plain.items()}
     digest = hashlib.sha256(_members(dumped)).hexdigest()
-    return _members({**dumped, "digest": _dump(digest)}), digest
+    return _members({**dumped, "digest": _dump(digest, is_ours=True)}), digest
 
 
-def _dump(value: Any) -> bytes:
-    """The RFC 8785 form. If all is ASCII without a fraction, `json` gives it in a sixth of the package's CPU."""
+def _dump(value: Any, *, is_ours: bool) -> bytes:
+    """The RFC 8785 form. That of others' members is `json`'s, too, if all is ASCII without a fraction."""
     text = _JSON.encode(value)
-    return rfc8785.dumps(value) if FRACTION.search(text) or not text.isascii() else text.encode()
+    return text.encode() if is_ours or (text.isascii() and not FRACTION.search(text)) else rfc8785.dumps(value)
 
 
 def _members(dumped: Mapping[str, bytes]) -> bytes:
