@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from storage.errors import UserError
 from storage.own_files import final, is_writable_by_others
 
 NAME = ".env"
 
 
 def find() -> Path | None:
-    """The `.env` of the current folder, if there is one."""
-    path = Path(NAME).absolute()
+    """The `.env` of the current folder, if there is one. Raises `UserError` if that folder was removed."""
+    try:
+        path = Path(NAME).absolute()
+    except FileNotFoundError:  # a deployment has replaced it, for example
+        raise UserError("the current folder was removed; change to one that exists, by `cd`") from None
     return path if path.is_file() or path.is_fifo() else None
 
 

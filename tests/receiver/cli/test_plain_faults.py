@@ -23,7 +23,7 @@ from storage.operations import heartbeats
 from storage.rows import migrations
 from tests.command_line import CommandLine
 from tests.forked import Forked
-from tests.harness import wait_until
+from tests.harness import ROOT, wait_until
 from tests.pipeline import free_port
 from tests.postgres import MigratedDatabases, Postgres
 
@@ -130,6 +130,17 @@ def test_a_full_disk_behind_json_is_reported_in_one_line(ready: CommandLine, wor
     variables, err = {**environment, **ready.variables}, ready.folder / "err"
     code = Forked((*words, "--json"), variables, ready.folder, out=Path("/dev/full"), err=err).wait(60)
     assert (code, err.read_text()) == (1, "standard output cannot be written: No space left on device\n")
+
+
+def test_a_current_folder_that_was_removed_is_one_line(ready: CommandLine) -> None:
+    shell = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
+    words = (*shell, sys.executable, "-m", "receiver", "status")
+    environment = {**os.environ, **ready.variables, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, cwd=ready.folder, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "the current folder was removed; change to one that exists, by `cd`\n",
+    )
 
 
 def test_a_command_runs_with_its_standard_streams_closed(ready: CommandLine) -> None:
