@@ -10,8 +10,8 @@ from urllib.parse import quote
 from storage.errors import UserError
 
 EXTENSIONS = frozenset({"png", "jpg", "webp", "gif", "avif", "heic", "mp4", "webm", "mov", "mp3", "wav"})
-# User metadata travels in HTTP headers, where these bytes are encoded.
-NOT_HEADER_TEXT = re.compile(rb"[^ -~]|%")
+# User metadata travels in HTTP headers. These characters need no encoding there.
+HEADER_TEXT = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 # Characters that a terminal executes (ESC, line ends, bidirectional controls) or hides. No new id may contain any,
 # because an operator could be shown a false line, title or id.
 TERMINAL_CONTROLS = re.compile(
@@ -94,4 +94,4 @@ def manifest_name(number: int) -> str:
 
 def header_text(value: str) -> str:
     """Percent-encode everything but printable ASCII, and `%`. `urllib.parse.unquote` reverses it."""
-    return NOT_HEADER_TEXT.sub(lambda found: b"%%%02X" % found[0][0], value.strip().encode()).decode()
+    return quote(value.strip(), safe=HEADER_TEXT)
