@@ -45,6 +45,8 @@ class Row(SQLModel):
     """The base of all tables. Rows are not validated by pydantic, so no start builds its validators."""
 
     model_config = {"defer_build": True}
+    # Values go to SQLAlchemy's descriptors alone. SQLModel would give each to pydantic too, which validates no row.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
 
 
 class Claimable(Row):
