@@ -39,9 +39,8 @@ class WakeUps:
 
     def wake(self, names: Collection[str] | None = None) -> None:
         """Wake the threads of these names, None: all."""
-        for name, woken in self._woken.items():
-            if names is None or name in names:
-                woken.set()
+        for name in self._woken if names is None else names:
+            self._woken[name].set()
 
     def wake_all(self) -> None:
         self.next_number()

@@ -73,8 +73,12 @@ class _Prepared:
         self._names: Sequence[str] | None = compiled.positiontup  # None: the driver takes names
         binds = {name: bind for bind, name in compiled.bind_names.items()}
         processors = {name: bind.type.dialect_impl(dialect).bind_processor(dialect) for name, bind in binds.items()}
-        self._binders = {name: bind for name, bind in processors.items() if bind is not None}
-        self._constants = self._bound({name: bind.value for name, bind in binds.items() if not bind.required})
+        binders = {name: bind for name, bind in processors.items() if bind is not None}
+        constants = {name: bind.value for name, bind in binds.items() if not bind.required}
+        self._constants = {
+            name: binders[name](value) if name in binders else value for name, value in constants.items()
+        }
+        self._binders = [(name, bind) for name, bind in binders.items() if name not in constants]
         self._write_constants()
         columns = list(statement.exported_columns)  # an UPDATE may return rows
         self._returns_rows = bool(columns)
@@ -99,13 +103,10 @@ class _Prepared:
             sql += (literal or "?") + piece
         self.sql, self._names = sql, left
 
-    def _bound(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values as the driver takes them."""
-        binders = self._binders
-        return {name: binders[name](value) if name in binders else value for name, value in values.items()}
-
     def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
-        named = {**self._constants, **self._bound(values)}
+        named = {**self._constants, **values}
+        for name, bind in self._binders:
+            named[name] = bind(named[name])
         bound = named if self._names is None else tuple([named[name] for name in self._names])
         try:
             cursor = driver.execute(self.sql, bound)
