@@ -14,10 +14,12 @@ from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
 from receiver.tasks.operate import Operator
+from storage.archive import manifest
 from storage.rows import aliases, reports, tasks
 from storage.rows.deliveries import Delivery, compare_again, store
 from storage.rows.models import Asset, Callback, Task, TaskAlias
 from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, Step, TaskState
+from tests.archived_tasks import REQUEST, work_off
 from tests.harness import wait_until
 from tests.pipeline import assets_of, callback_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
 from tests.receiver.tasks.test_apply_deliveries import AWAITS_READ, OFFICIAL, body, info, is_read_now
@@ -124,6 +126,24 @@ def test_the_files_of_a_task_are_capped_for_every_sender(parts: Parts, expected:
     for count in (400, 450):
         deliver(parts, task, body("succeed", count), webhook_id=f"msg_{count}")
     assert len(assets_of(parts, task)) == most
+
+
+@pytest.mark.parametrize("odd", ['"\\ud800": 1', f'"x": {"[" * 400}{"]" * 400}', f'"x": {"[" * 700}{"]" * 700}'])
+def test_a_body_that_no_manifest_can_hold_ends_the_archive_like_any_other(parts: Parts, odd: str) -> None:
+    task = parts.submitter.submit(REQUEST).task
+    assert deliver(parts, task, f'{{"task_id": "x", "task_status": "processing", {odd}}}'.encode()).state == "applied"
+    work_off(parts)
+    found = task_of(parts, task.external_task_id)
+    assert found.archive is ArchiveState.ARCHIVED
+    with parts.database.write() as session:  # the same where such a body is the newest
+        session.execute(update(Callback).where(Callback.source == "poll").values(received_at=LONG_AGO))
+        session.execute(update(Task).values(archive=ArchiveState.ARCHIVING, step=Step.FINISH, due_at=LONG_AGO))
+    work_off(parts)
+    found = task_of(parts, task.external_task_id)
+    assert (found.archive, found.manifests) == (ArchiveState.ARCHIVED, 2)
+    content = parts.bucket.read_bytes(str(found.manifest_key), 2**20)
+    assert manifest.read(content)["delivery"]["body"] is None
+    assert len(json.loads(content)["delivery"]["sha256"]) == 64
 
 
 def test_the_price_in_an_unsigned_delivery_is_not_believed(parts: Parts) -> None:
