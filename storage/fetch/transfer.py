@@ -63,6 +63,9 @@ class Response(NamedTuple):
     stream: connection.GuardedStream
     parsed: httpcore.Response | None
 
+    def __repr__(self) -> str:
+        return f"Response({self.status})"  # a Location may be signed
+
     def blocks(self, declared: int | None, room: Callable[[], memoryview]) -> Iterator[Block]:
         """The body as sent, each block valid until the next. `declared`: its Content-Length, None = other framing.
 

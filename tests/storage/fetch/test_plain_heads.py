@@ -153,3 +153,8 @@ def test_fuzzed_heads_come_out_as_by_httpcore(given_head: bytes, changes: list[t
     for at, count, new in changes:
         given_head = given_head[:at] + new + given_head[at + count :]
     assert outcome(given_head + BODY) == by_httpcore(given_head + BODY)
+
+
+def test_repr_of_a_response_shows_no_header() -> None:
+    redirect = transfer.Response(302, {"location": "https://cdn.example/?Signature=canary"}, False, Any, None)  # type: ignore[arg-type]
+    assert "canary" not in repr(redirect)
