@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
-from sqlalchemy import func, literal_column
+from sqlalchemy import func, text
 from sqlmodel import Session, col, select
 
 from receiver.tasks import apply_deliveries
@@ -233,10 +233,17 @@ class AccountBudget:
 
 def count(session: Session) -> tuple[int, int]:
     """The number of deliveries whose token names no task and that match none, and the bytes of their bodies."""
-    applied: Any = literal_column(f"'{CallbackState.APPLIED}'")  # a literal, like in the partial index
-    mine = (col(Callback.task_id).is_(None), col(Callback.state) != applied)
-    rows, size = session.exec(select(func.count(), func.sum(func.length(Callback.body))).where(*mine)).one()
+    rows, size = session.execute(text(of_nobody(session, "count(*), sum(length(body))"))).one()
     return rows, int(size or 0)
+
+
+def of_nobody(session: Session, columns: str) -> str:
+    """The statement that selects from the deliveries whose token names no task and that match none.
+
+    SQLite would search those that match one, too: 180 ms beside 100,000 instead of 0.6.
+    """
+    index = "INDEXED BY callback_of_nobody" if session.connection().dialect.name == "sqlite" else ""
+    return f"SELECT {columns} FROM callback {index} WHERE task_id IS NULL AND state <> '{CallbackState.APPLIED}'"  # noqa: S608 - our own constants
 
 
 def count_of_task(session: Session, task_id: uuid.UUID) -> int:

@@ -15,13 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import structlog
 from anyio import CapacityLimiter, to_thread
 from prometheus_client import Counter
-from sqlalchemy import func, literal_column
-from sqlmodel import Session, col, select
+from sqlalchemy import func, text
+from sqlmodel import Session, select
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -30,7 +29,13 @@ from receiver.base import telemetry
 from receiver.base.tokens import NO_TASK, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
-from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountOverdrawn, AccountRefused
+from receiver.web.account_budget import (
+    FULL_RETRY_AFTER_SECONDS,
+    AccountBudget,
+    AccountOverdrawn,
+    AccountRefused,
+    of_nobody,
+)
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.joined_writes import WholeAnswer, arrived_body
 from receiver.web.rate_limits import KEYLESS_STATUSES, REMEMBERED_TASKS, KeylessAnswers, RateLimit, hold_back
@@ -62,8 +67,8 @@ BODY_SECONDS = 10.0
 TARPIT_SECONDS = 1.0
 # The evidence of a wrong signature is worth storing a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
-# Rejected deliveries are counted among this many of the newest that are not applied: all of a task's own, and a moving
-# window of the account URL's, which can have more than a write transaction should scan.
+# Rejected deliveries are counted among this many of the newest: all of a task's own, and a moving window of the account
+# URL's that match no task, which can have more than a write transaction should scan.
 NEWEST = 500
 # Limits per task: at most one extra read and one log line in these intervals.
 READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
@@ -272,12 +277,8 @@ class Callbacks:
 
     def _keep_refused(self, delivery: Delivery) -> bool:
         """Store a refused delivery. Returns False if enough are stored already."""
-        applied: Any = literal_column(f"'{CallbackState.APPLIED}'")  # a literal, like in the partial index
-        newest = select(Callback.state).where(Callback.task_id == delivery.task_id, col(Callback.state) != applied)
-        looked_at = newest.order_by(col(Callback.received_at).desc()).limit(NEWEST).subquery()
-        rejected = select(func.count()).where(looked_at.c.state == CallbackState.REJECTED)
         with self._database.write() as session:
-            is_kept = session.exec(rejected).one() < MAX_REJECTED_PER_TASK
+            is_kept = count_rejected(session, delivery.task_id) < MAX_REJECTED_PER_TASK
             if is_kept and store(session, [delivery]):
                 record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
             if is_kept:
@@ -348,6 +349,16 @@ async def _next_piece(receive: Receive, ends_at: float) -> tuple[bytes, bool]:
     if message["type"] == "http.disconnect":
         raise Refused(400, "the body ended early", "cut_body")
     return message.get("body", b""), message.get("more_body", False)
+
+
+def count_rejected(session: Session, task_id: uuid.UUID | None) -> int:
+    """The number of rejected deliveries of a task, or among the newest at the account URL that match none."""
+    if task_id is None:
+        rows = text(f"{of_nobody(session, 'state')} ORDER BY received_at DESC LIMIT {NEWEST}")
+        newest = rows.columns(Callback.__table__.c.state).subquery()  # type: ignore[attr-defined]
+    else:
+        newest = select(Callback.state).where(Callback.task_id == task_id).limit(NEWEST).subquery()
+    return session.exec(select(func.count()).where(newest.c.state == CallbackState.REJECTED)).one()
 
 
 def _too_long(most: int) -> Refused:

@@ -465,6 +465,13 @@ def test_deliveries_of_a_task_at_the_account_are_counted_by_an_index(parts: Part
     )
 
 
+def test_deliveries_of_nobody_are_counted_by_the_index_that_holds_no_applied_ones(parts: Parts) -> None:
+    deliver(parts, None, {})
+    assert "callback_of_nobody" in plans(parts.database, account_budget.count)
+    rejected = plans(parts.database, lambda session: callbacks.count_rejected(session, None))
+    assert "callback_of_nobody" in rejected and "TEMP B-TREE" not in rejected
+
+
 @pytest.mark.databases("sqlite")
 def test_a_delivery_at_the_account_that_is_not_stored_takes_no_place(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
