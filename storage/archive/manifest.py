@@ -238,9 +238,7 @@ def build(
 
 
 def _dump(value: Any, *, is_ours: bool) -> bytes:
-    """The RFC 8785 form. `json` gives it in a sixth of the package's CPU for our members, which have ASCII names and no
-    fraction, and for others' if all is ASCII without a fraction.
-    """
+    """The RFC 8785 form, by `json` in a sixth of the CPU where it is the same. `is_ours`: ASCII names, no fraction."""
     text = _JSON.encode(value)
     return text.encode() if is_ours or (text.isascii() and not FRACTION.search(text)) else rfc8785.dumps(value)
 
@@ -259,7 +257,8 @@ class ManifestDamaged(ValueError):
 def read(content: bytes) -> dict[str, Any]:
     """A manifest's members, with the digest verified. Raises `ManifestDamaged`."""
     try:
-        found = json.loads(content)
+        # RFC 8785 writes a float below 10^21 like an integer, and has no integer of 17 digits.
+        found = json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
         schema, claimed = found["schema"], found["digest"]
         actual = digest_of(found)
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from receiver.app.wiring import Parts
 from storage.archive import manifest
+from storage.rows.models import Callback
 from tests import manifest_checks
 from tests.archived_tasks import BY_HAND, all_assets, archive, put
 
@@ -45,6 +46,18 @@ def test_a_manifest_is_written_in_its_rfc_8785_form(parts: Parts) -> None:
     assert content == rfc8785.dumps(members)
     assert members["digest"] == digest
     assert (members["request"], members["assets"][0]["notes"]) == (task.request, asset.notes)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_a_manifest_with_a_number_above_the_exact_integers_is_read_again(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    row = Callback(
+        source="push", body=b'{"a": [1e16, -1e20, 1e21, 1e16, 9007199254740993]}', received_at=task.created_at
+    )
+    content, digest = manifest.build(task, [], [], row, "0", None)
+    members = manifest.read(content)
+    assert members["digest"] == digest
+    assert members["delivery"]["body"] == {"a": [1e16, -1e20, 1e21, 1e16, "9007199254740993"]}
 
 
 JSON = st.recursive(
