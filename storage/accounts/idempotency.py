@@ -6,6 +6,7 @@ wrong clock, and the clock of PostgreSQL on another host.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -35,15 +36,17 @@ class ForwardSteps:
         self._wall, self._monotonic = wall, monotonic
         self._offset = wall() - monotonic()
         self._earlier: list[tuple[float, float]] = []  # until when (monotonic) an earlier offset may have held
+        self._lock = threading.Lock()
 
     def seconds(self) -> float:
-        now = self._monotonic()
-        offset = self._wall() - now
-        if abs(offset - self._offset) > STEP_SECONDS:
-            self._earlier.append((now, self._offset))
-            self._offset = offset
-        self._earlier = [each for each in self._earlier if each[0] > now - KEPT_SECONDS]
-        return offset - min([offset, *(earlier for _, earlier in self._earlier)])
+        with self._lock:  # two threads at once would forget a step
+            now = self._monotonic()
+            offset = self._wall() - now
+            if abs(offset - self._offset) > STEP_SECONDS:
+                self._earlier.append((now, self._offset))
+                self._offset = offset
+            self._earlier = [each for each in self._earlier if each[0] > now - KEPT_SECONDS]
+            return offset - min([offset, *(earlier for _, earlier in self._earlier)])
 
 
 steps = ForwardSteps()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -293,6 +295,28 @@ def test_steps_of_the_clock_add_up_for_a_day_and_a_way_back_is_none() -> None:
         clock["monotonic"] += later
         seen.append(steps.seconds())
     assert seen == [3_600, 4_200, 600, 0, 0, 0]
+
+
+def test_a_step_that_two_threads_see_at_once_is_not_forgotten() -> None:
+    clock = {"wall": 1_000_000_000.0, "monotonic": 0.0}
+    steps = ForwardSteps(lambda: clock["wall"], lambda: clock["monotonic"])
+    other = threading.Thread(target=steps.seconds)
+
+    class Interrupted(list[tuple[float, float]]):
+        """Another thread sees a step while this list is read."""
+
+        def __iter__(self) -> Iterator[tuple[float, float]]:
+            seen = super().__iter__()
+            if not other.ident:
+                clock["wall"] += 3_600
+                other.start()
+                other.join(0.2)
+            return iter(list(seen)[:0])
+
+    steps._earlier = Interrupted()
+    steps.seconds()
+    other.join()
+    assert steps.seconds() == 3_600
 
 
 def test_a_key_outlives_the_upgrade_that_renames_its_client(empty_database_url: str) -> None:
