@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -40,7 +40,8 @@ def listening(process_id: int) -> dict[int, str]:
     """The TCP ports on which a process listens, with their addresses as the kernel writes them."""
     sockets = set()
     for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
-        sockets.update(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+        with suppress(FileNotFoundError):  # closed meanwhile, so nothing listens on it
+            sockets.update(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
     tables = [Path(f"/proc/{process_id}/net/{name}").read_text() for name in ("tcp", "tcp6")]
     lines = [line.split() for table in tables for line in table.splitlines()]
     found = [line[1].split(":") for line in lines if line[3] == LISTENS and line[9] in sockets]
