@@ -13,8 +13,10 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,10 @@ STALL_SECONDS = kinds.LEASE_SECONDS * 1.5
 # The downloads that must have begun before the freeze, and the longest wait for them.
 STALLED_DOWNLOADS = 2
 STALL_WAIT_SECONDS = 30.0
-# How long an account is refused after the first refused request, and the longest wait for that request.
-ACCOUNT_SECONDS, ACCOUNT_WAIT_SECONDS = 1.0, 60.0
-# The most that a storm exceeds its plan, until each kind of random fault has happened.
+# How long an account is refused after the first refused request, and the longest wait for that request: the trial of an
+# earlier pause, which stops creates, may be a minute away.
+ACCOUNT_SECONDS, ACCOUNT_WAIT_SECONDS = 1.0, 90.0
+# The most that a storm exceeds its plan, with a task more each second, until each kind of random fault has happened.
 CHANCE_SECONDS = 20.0
 
 
@@ -97,6 +100,7 @@ class Campaign:
         self._accepted: set[str] = set()
         self._errors: list[str] = []
         self._lock = threading.Lock()
+        self._account = threading.Lock()
         self._broken_off = threading.Event()
 
     def run(self) -> Outcome:
@@ -129,8 +133,10 @@ class Campaign:
                 self._broken_off.set()
                 raise
         deadline = time.monotonic() + CHANCE_SECONDS
+        more = count()
         while not all(map(self._all_counts().__getitem__, self._plan.kinds)) and time.monotonic() < deadline:
-            time.sleep(0.25)
+            self._submit(0, *self._plan.one_more(f"more-{next(more)}"))
+            time.sleep(1)
 
     def _all_counts(self) -> Counter[str]:
         return self._counts + self._stage.counts()
@@ -162,8 +168,8 @@ class Campaign:
             kinds.WEB_KILLED: self._stage.web.kill,
             kinds.STORE_STOPPED: lambda: self._stop_store(fault.seconds),
             kinds.DATABASE_KILLED: self._kill_database,
-            kinds.BALANCE_USED_UP: self._use_up_the_balance,
-            kinds.KEY_REFUSED: self._refuse_the_key,
+            kinds.BALANCE_USED_UP: lambda: self._use_up_the_balance(fault),
+            kinds.KEY_REFUSED: lambda: self._refuse_the_key(fault),
         }
         times = int(actions[fault.kind]())
         with self._lock:
@@ -181,37 +187,43 @@ class Campaign:
         self._stage.postgres.start()
         return True
 
-    def _use_up_the_balance(self) -> bool:
-        return self._refuse_the_account({"balance": 0}, {"balance": None}, "create:1102")
+    def _use_up_the_balance(self, fault: Fault) -> bool:
+        return self._refuse_the_account(fault, {"balance": 0}, {"balance": None}, "create:1102")
 
-    def _refuse_the_key(self) -> bool:
-        """Refuse creates and reads. If all creates are paused already, a read meets the refusal."""
-        key = self._stage.sandbox.api_key
-        return self._refuse_the_account({"api_keys": ["another-key"]}, {"api_keys": [key]}, "create:1002", "query:1002")
+    def _refuse_the_key(self, fault: Fault) -> bool:
+        """Refuse creates and reads."""
+        refused, allowed = {"api_keys": ["another-key"]}, {"api_keys": [self._stage.sandbox.api_key]}
+        return self._refuse_the_account(fault, refused, allowed, "create:1002", "query:1002")
 
-    def _refuse_the_account(self, refused: dict[str, Any], allowed: dict[str, Any], *counts: str) -> bool:
-        """Refuse the account until a request has met it and a little longer. The following trials are made due at once,
-        unless the plan is patient.
+    def _refuse_the_account(self, fault: Fault, refused: dict[str, Any], allowed: dict[str, Any], *counts: str) -> bool:
+        """Refuse the account until a request has met it and a little longer, one refusal at a time. A task of its own
+        makes sure of that request. The following trials are made due at once, unless the plan is patient.
         """
         sandbox = self._stage.sandbox
 
         def met() -> int:
             return sum(sandbox.ledger().counts[name] for name in counts)
 
-        before = met()
-        sandbox.set(**refused)
-        deadline = time.monotonic() + ACCOUNT_WAIT_SECONDS
-        while met() == before and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(ACCOUNT_SECONDS)
-        sandbox.set(**allowed)
-        if not self._plan.patient:
+        with self._account:
+            before = met()
+            sandbox.set(**refused)
+            self._submit(fault.at, *self._plan.one_more(f"{fault.at:.3f}"))
+            deadline = time.monotonic() + ACCOUNT_WAIT_SECONDS
+            while met() == before and time.monotonic() < deadline:
+                self._cut_pauses_short()  # one that an earlier refusal left
+                time.sleep(0.25)
+            time.sleep(ACCOUNT_SECONDS)
+            sandbox.set(**allowed)
             self._cut_pauses_short()
-        return met() > before
+            return met() > before
 
     def _cut_pauses_short(self) -> None:
-        """Make the trial of a paused account due now."""
-        with self._stage.parts.database.write() as session:
+        """Make the trial of a paused account due now, unless the plan is patient or the database away: the next round
+        does it.
+        """
+        if self._plan.patient:
+            return
+        with suppress(DatabaseUnavailable), self._stage.parts.database.write() as session:
             stands = col(AccountPause.trial_at) >= col(AccountPause.since)
             session.execute(update(AccountPause).where(stands).values(trial_at=datetime.now(UTC)))
 

@@ -95,6 +95,10 @@ class Plan:
         times = sorted(rng.uniform(0, self.storm_seconds * 0.95) for _ in range(self.tasks))
         return [(at, f"chaos-{self.seed}-{number}", _request(rng, number)) for number, at in enumerate(times)]
 
+    def one_more(self, name: str) -> tuple[str, dict[str, Any]]:
+        """(external id, request) of a task outside the plan, which meets a fault that the others have not met."""
+        return f"chaos-{self.seed}-{name}", {"model_name": "kling-image-o1", "prompt": name, "n": 4}
+
 
 def _request(rng: random.Random, number: int) -> dict[str, Any]:
     marks = {1: " [drop]", 2: " [fail]", 3: " [expire]"}  # the first few make sure that each happens
