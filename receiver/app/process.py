@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import signal
@@ -318,7 +319,7 @@ def work(parts: Parts, *, supervised: bool) -> None:
     with checkpoints.beside(parts.database):
         worker.run()
     # A download that exceeds the grace time runs in a thread that cannot be stopped. Its row was released.
-    sys.stderr.flush()
+    logging.shutdown()  # writes the log lines that wait
     os._exit(0)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
 import select
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, TextIO, cast
 
@@ -14,6 +17,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from receiver.base.visible import visible
+from storage.forks import renew_in_children
 
 REGISTRY = CollectorRegistry()
 DELIVERIES = Counter("receiver_deliveries", "Callback requests by outcome", ["outcome"], registry=REGISTRY)
@@ -183,46 +187,116 @@ def _visible(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> Mu
 
 
 class LogStream:
-    """Standard error for log lines. A line that it does not take is dropped and counted in `dropped`.
+    """Standard error for log lines. What it does not take at once waits in memory for a thread that writes it.
 
-    Neither a full disk behind it nor a log collector that has ended or stopped reading may end or stop the work.
+    Neither a full disk behind it nor a log collector that has ended, stopped reading or fallen behind may end, stop or
+    delay the work: an acknowledgement would wait for the log, too. A line beyond `MAX_WAITING_BYTES`, or one whose
+    write fails, is dropped and counted in `dropped`.
     """
 
-    PATIENCE_SECONDS = 1  # for a reader that has fallen behind; after a dropped line there is none until one is taken
+    MAX_WAITING_BYTES = 2**20  # some 4,000 lines
+    END_SECONDS = 1.0  # how long the process' end waits for the reader
 
     def __init__(self, stream: TextIO) -> None:
-        self.dropped = 0
         self._stream = stream
-        self._is_torn = False  # whether the last line was cut
+        self._is_torn = False  # whether the last line was cut, by a full disk
         try:
             self._descriptor: int | None = stream.fileno()
         except OSError:  # it is in memory
             self._descriptor = None
+        self.begin_in_child()
+        renew_in_children(self)
+
+    def begin_in_child(self) -> None:
+        """Begin without lines that wait: the parent's thread writes its own."""
+        self.dropped = 0
+        self._waiting: deque[tuple[bytes, int]] = deque()  # lines, and the number of dropped ones that each names
+        self._bytes = 0
+        self._change = threading.Condition()
+        self._writer: threading.Thread | None = None
 
     def write(self, text: str) -> None:
         try:
-            self._write(text)
-        except (OSError, ValueError):  # ValueError: it was closed
+            if self._descriptor is None:
+                self._stream.write(text)
+            elif self._takes(line := text.encode(self._stream.encoding or "utf-8", "backslashreplace")):
+                self._put(line)
+            else:
+                self._hand_over(line)
+                return
+        except (OSError, ValueError, RuntimeError):  # ValueError: it was closed. RuntimeError: no thread can be started
             self.dropped += 1
         else:
             self.dropped = 0
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Nothing to do: a line is written or waits for the thread. See `drain`."""
 
-    def _write(self, text: str) -> None:
-        if self._descriptor is None:
-            self._stream.write(text)
-            return
-        rest = ("\n" * self._is_torn + text).encode(self._stream.encoding or "utf-8", "backslashreplace")
+    def drain(self) -> None:
+        """Wait a limited time until no line waits. Call it before the process ends."""
+        with self._change:
+            self._change.wait_for(lambda: not self._waiting, self.END_SECONDS)
+
+    def _takes(self, line: bytes) -> bool:
+        """Whether a write would not block. A pipe that is ready takes PIPE_BUF bytes, unless another process that
+        shares it writes at this very moment. So the event loop writes nothing itself.
+        """
+        if self._waiting or len(line) > select.PIPE_BUF or _is_event_loop():
+            return False
         ready = select.poll()
-        ready.register(self._descriptor, select.POLLOUT)
+        ready.register(self._descriptor or 0, select.POLLOUT)
+        return bool(ready.poll(0))
+
+    def _put(self, line: bytes) -> None:
+        rest = b"\n" * self._is_torn + line
         while rest:
-            if not ready.poll(0 if self.dropped else self.PATIENCE_SECONDS * 1_000):
-                raise BlockingIOError
-            # A pipe that is ready takes this many bytes without blocking.
-            rest = rest[os.write(self._descriptor, rest[: select.PIPE_BUF]) :]
+            rest = rest[os.write(self._descriptor or 0, rest) :]
             self._is_torn = bool(rest)
+
+    def _hand_over(self, line: bytes) -> None:
+        with self._change:
+            if self._bytes + len(line) > self.MAX_WAITING_BYTES:
+                self.dropped += 1
+                return
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._write_waiting, name="log", daemon=True)
+                self._writer.start()
+            self._waiting.append((line, self.dropped))
+            self._bytes += len(line)
+            self.dropped = 0
+            self._change.notify_all()
+
+    def _write_waiting(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting)
+                line, named = self._waiting[0]
+            lost = 0
+            try:
+                self._put(line)
+            except (OSError, ValueError):
+                lost = named + 1
+            with self._change:
+                self._waiting.popleft()
+                self._bytes -= len(line)
+                self.dropped += lost
+                self._change.notify_all()
+
+
+class LogHandler(logging.StreamHandler[LogStream]):
+    """The standard library's log lines to a `LogStream`. `logging.shutdown`, which runs at exit, drains it."""
+
+    def close(self) -> None:
+        self.stream.drain()
+        super().close()
+
+
+def _is_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:
@@ -253,7 +327,7 @@ def configure(level: str = "info", output: Literal["auto", "console", "json"] = 
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(stream)
+    handler = LogHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("httpx", "httpcore", "botocore", "boto3", "urllib3"):  # at debug level they log headers and whole URLs

@@ -1,15 +1,22 @@
-"""Log lines that standard error does not take: they are dropped and counted, and nobody waits for them."""
+"""Log lines that standard error does not take: they wait in memory or are dropped and counted, and nobody waits."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
+import select
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import TextIO
 
 import pytest
 
-from receiver.base.telemetry import LogStream
+from receiver.base.telemetry import LogHandler, LogStream
+from tests.harness import wait_until
 
 LINE = f"{'x' * 99}\n"
 
@@ -19,38 +26,134 @@ def pipe() -> Iterator[tuple[int, TextIO]]:
     reading, writing = os.pipe()
     with os.fdopen(writing, "w", encoding="ascii") as stream:
         yield reading, stream
-    with suppress(OSError):
-        os.close(reading)
+        with suppress(OSError):
+            os.close(reading)  # ends a write that waits for a reader, before the stream is closed
 
 
-def test_reader_that_stopped_reading_stops_no_writer(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LogStream, "PATIENCE_SECONDS", 0.01)
+def fill(stream: TextIO) -> None:
+    """Take all room in the pipe, in lines."""
+    os.set_blocking(stream.fileno(), False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(stream.fileno(), LINE.encode())
+    os.set_blocking(stream.fileno(), True)
+
+
+def lines_in(reading: int) -> list[str]:
+    """The lines that are in the pipe now, and those that others write as soon as there is room."""
+    found = b""
+    while select.select([reading], [], [], 0.5)[0] and (piece := os.read(reading, 65_536)):
+        found += piece
+    return [line for line in found.decode().splitlines() if line != LINE.strip()]
+
+
+def test_lines_for_a_reader_that_has_fallen_behind_wait_in_memory(pipe: tuple[int, TextIO]) -> None:
     log = LogStream(pipe[1])
-    while not log.dropped:
-        log.write(LINE * 100)  # far more than a pipe takes without blocking
-    log.write(LINE)
-    assert log.dropped == 2
-    while len(os.read(pipe[0], 65_536)) == 65_536:
-        pass
-    log.write("after\n")
-    assert (log.dropped, os.read(pipe[0], 65_536).split(b"\n")[-2:]) == (0, [b"after", b""])
+    fill(pipe[1])
+    for number in range(3):
+        log.write(f"{number}\n")
+    assert (log.dropped, lines_in(pipe[0])) == (0, ["0", "1", "2"])
 
 
-def test_line_after_a_cut_one_is_whole(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LogStream, "PATIENCE_SECONDS", 0.01)
+def test_lines_beyond_the_room_in_memory_are_dropped_and_counted(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LogStream, "MAX_WAITING_BYTES", 4)
     log = LogStream(pipe[1])
-    log.write("x" * 100_000)
-    assert len(os.read(pipe[0], 100_000)) < 100_000
+    fill(pipe[1])
+    for number in range(5):
+        log.write(f"{number}\n")
+    assert (log.dropped, lines_in(pipe[0])) == (3, ["0", "1"])
     log.write("after\n")
-    assert os.read(pipe[0], 100) == b"\nafter\n"
+    assert (log.dropped, lines_in(pipe[0])) == (0, ["after"])
+
+
+def test_event_loop_writes_no_line_itself(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process may take the room in the pipe between the look and the write."""
+    writers, write = [], os.write
+    monkeypatch.setattr(os, "write", lambda *told: writers.append(threading.current_thread().name) or write(*told))
+    log = LogStream(pipe[1])
+
+    async def log_a_line() -> None:
+        log.write("line\n")
+
+    log.write("line\n")
+    asyncio.run(log_a_line())
+    log.drain()
+    assert [name for name in writers if name in ("MainThread", "log")] == ["MainThread", "log"]
+
+
+def test_long_line_is_whole(pipe: tuple[int, TextIO]) -> None:
+    log = LogStream(pipe[1])
+    log.write("y" * 100_000 + "\n")
+    log.write("after\n")
+    assert lines_in(pipe[0]) == ["y" * 100_000, "after"]
+
+
+def test_end_of_the_process_writes_the_lines_that_wait() -> None:
+    program = """
+import asyncio, structlog
+from receiver.base import telemetry
+async def main():
+    for number in range(2_000):
+        structlog.get_logger().info("line", number=number, text="x" * 100)
+telemetry.configure("info", "json")
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, check=True, timeout=60)
+    assert ended.stderr.count(b'"line"') == 2_000
+
+
+def test_reader_that_stopped_reading_does_not_stop_the_end(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LogStream, "END_SECONDS", 0.01)
+    log = LogStream(pipe[1])
+    fill(pipe[1])
+    log.write("waits\n")
+    LogHandler(log).close()
+    assert lines_in(pipe[0]) == ["waits"]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_forked_child_does_not_write_its_parents_lines(pipe: tuple[int, TextIO]) -> None:
+    log = LogStream(pipe[1])
+    fill(pipe[1])
+    log.write("parent\n")
+    if not (child := os.fork()):
+        log.write("child\n")
+        log.drain()
+        os._exit(0)
+    found = lines_in(pipe[0])
+    os.waitpid(child, 0)
+    assert sorted(found + lines_in(pipe[0])) == ["child", "parent"]
+
+
+def test_line_after_a_cut_one_begins_a_line_of_its_own(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, write, room = LogStream(pipe[1]), os.write, [3, 0]
+
+    def fills_the_disk(descriptor: int, data: bytes) -> int:
+        if descriptor != pipe[1].fileno() or not room:
+            return write(descriptor, data)
+        if not (left := room.pop(0)):
+            raise OSError(errno.ENOSPC, "no space")
+        return write(descriptor, data[:left])
+
+    monkeypatch.setattr(os, "write", fills_the_disk)
+    log.write("before\n")
+    assert log.dropped == 1
+    log.write("after\n")
+    assert lines_in(pipe[0]) == ["bef", "after"]
 
 
 def test_reader_that_is_gone_raises_nothing(pipe: tuple[int, TextIO]) -> None:
     os.close(pipe[0])
     log = LogStream(pipe[1])
     log.write(LINE)
-    log.write(LINE)
-    assert log.dropped == 2
+    log.write("x" * 10_000)  # by the thread
+    wait_until(lambda: log.dropped == 2, seconds=30)
 
 
 def test_full_disk_raises_nothing() -> None:
