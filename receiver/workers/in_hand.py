@@ -5,9 +5,9 @@ The lock protects memory alone. It is never held while a claim waits in the data
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,24 +15,23 @@ from typing import Any
 # The delay with which a stop is noticed while a row in quarantine waits for the rows in hand.
 STOP_POLL_INTERVAL_SECONDS = 0.05
 
-Claim = tuple[Any, Any, uuid.UUID]  # model, id, lease
-
 
 class RowsInHand:
-    """Thread-safe. Counts claims, not rows: a report may take a row from one thread and the next thread claims it."""
+    """Thread-safe. Counts the objects of claims, not rows: a report may take a row from one thread, and the next thread
+    claims it.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._claiming = 0
         self.is_quarantined = False
-        self._rows: dict[Claim, Any] = {}
-        self._begun_at: dict[Claim, float] = {}
+        self._rows: dict[int, tuple[Any, float]] = {}  # by the object's id, with the time when its work began
         self._removed_at = time.monotonic()
 
     @property
     def rows(self) -> list[Any]:
         with self._changed:
-            return list(self._rows.values())
+            return [row for row, _ in self._rows.values()]
 
     def empty_for(self) -> float:
         """For how many seconds nothing has been in hand."""
@@ -43,8 +42,7 @@ class RowsInHand:
         """The rows of this model that have been worked on for at least this long."""
         before = time.monotonic() - seconds
         with self._changed:
-            begun = [claim for claim, since in self._begun_at.items() if claim[0] is model and since < before]
-            return [self._rows[claim] for claim in begun]
+            return [row for row, begun_at in self._rows.values() if type(row) is model and begun_at < before]
 
     @contextmanager
     def claiming(self, *, alone: bool) -> Iterator[bool]:
@@ -62,20 +60,15 @@ class RowsInHand:
                 self._claiming -= is_permitted
                 self._changed.notify_all()
 
-    def add(self, rows: Sequence[Any]) -> None:
+    def add(self, rows: Sequence[Any], *, begun_at: float = math.inf) -> None:
+        """Note that these rows are claimed, and once more when the work on them begins."""
         with self._changed:
-            self._rows.update(zip(claims_of(rows), rows, strict=True))
+            self._rows.update({id(row): (row, begun_at) for row in rows})
 
-    def begin(self, claims: Sequence[Claim]) -> None:
-        """Note that the work on these rows begins."""
+    def remove(self, rows: Sequence[Any]) -> None:
         with self._changed:
-            self._begun_at.update(dict.fromkeys(claims, time.monotonic()))
-
-    def remove(self, claims: Sequence[Claim]) -> None:
-        with self._changed:
-            for claim in claims:
-                self._rows.pop(claim, None)
-                self._begun_at.pop(claim, None)
+            for row in rows:
+                self._rows.pop(id(row), None)
             self._removed_at = time.monotonic()
             self._changed.notify_all()
 
@@ -96,7 +89,3 @@ class RowsInHand:
         finally:
             with self._changed:
                 self.is_quarantined = False
-
-
-def claims_of(rows: Sequence[Any]) -> list[Claim]:
-    return [(type(row), row.id, row.lease) for row in rows]

@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from receiver.workers.in_hand import RowsInHand, claims_of
+from receiver.workers.in_hand import RowsInHand
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import claims
@@ -44,7 +44,7 @@ class Leases:
             log.debug("worker.database_not_reached", job="give_back", error=str(error))
             self.note_unsettled(rows)
         finally:
-            self._in_hand.remove(claims_of(rows))
+            self._in_hand.remove(rows)
 
     def note_unsettled(self, rows: Sequence[Any]) -> None:
         """Keep rows whose work could not reach the database. They are released when it answers."""

@@ -10,38 +10,19 @@ from collections.abc import Collection, Iterable
 
 
 class WakeUps:
-    """Numbered from 1. Each thread waits under a name of its own."""
+    """Each thread waits under a name of its own."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._lock = threading.Lock()
-        self.number = 0
         self._woken = {name: threading.Event() for name in names}
 
-    def begin(self, name: str) -> int:
-        """The number of the last wake-up. From now on a wake-up of this name ends the next wait, even if it comes
-        first.
-        """
+    def begin(self, name: str) -> None:
+        """From now on a wake-up of this name ends the next wait, even if it comes first."""
         self._woken[name].clear()
-        return self.number
 
     def wait(self, name: str, seconds: float) -> None:
         self._woken[name].wait(seconds)
-
-    def wait_for_next(self, name: str, seconds: float) -> int:
-        self.begin(name)
-        self.wait(name, seconds)
-        return self.number
-
-    def next_number(self) -> int:
-        with self._lock:
-            self.number += 1
-            return self.number
 
     def wake(self, names: Collection[str] | None = None) -> None:
         """Wake the threads of these names, None: all."""
         for name in self._woken if names is None else names:
             self._woken[name].set()
-
-    def wake_all(self) -> None:
-        self.next_number()
-        self.wake()

@@ -12,6 +12,7 @@ still wakes it at once.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ import structlog
 
 from receiver.workers.due_checks import QUEUED, DueChecks
 from receiver.workers.group_claims import GroupClaims
-from receiver.workers.in_hand import RowsInHand, claims_of
+from receiver.workers.in_hand import RowsInHand
 from receiver.workers.lanes import Batches, Lane, PeriodicJob
 from receiver.workers.leases import Leases
 from receiver.workers.wake_ups import WakeUps
@@ -100,7 +101,7 @@ class Worker:
     def stop(self) -> None:
         """Claim no more rows. Those in hand may finish within the grace time."""
         self._stop.set()
-        self._wake_ups.wake_all()
+        self._wake_ups.wake()
 
     def run(self) -> None:
         """Work until `stop()`. On return, unfinished rows are released, unless the database is down."""
@@ -145,34 +146,33 @@ class Worker:
 
         Rows in quarantine are left to `run_quarantined`.
         """
-        count = 0
         with background_thread("renew", self._renew):
-            while True:
-                checked = self._wake_ups.next_number()
-                self._due_checks.check(checked)
-                for lane in self._due_checks.lanes:  # no other row is in hand, so no lane beside slow files has work
-                    rows, grant = self._claim_granted(lane, 1, checked)
-                    if rows:
-                        self._work(lane, rows, grant)
-                        count += len(rows)
-                        break
-                else:
-                    return count
+            return sum(iter(self._work_on_next, 0))
+
+    def _work_on_next(self) -> int:
+        """Work on one row or batch that is due. Returns the number of rows."""
+        self._due_checks.check()
+        for lane in self._due_checks.lanes:  # no other row is in hand, so no lane beside slow files has work
+            rows, grant = self._claim_granted(lane, 1)
+            if rows:
+                self._work(lane, rows, grant)
+                return len(rows)
+        return 0
 
     def run_quarantined(self) -> int:
         """Work on one row in quarantine of each lane, and on nothing else meanwhile. Returns the number of rows."""
         with background_thread("renew", self._renew):
             return self._work_on_quarantined()
 
-    def _claim_granted(self, lane: Lane, batches: int, wake_up: int) -> tuple[list[Any], Grant]:
+    def _claim_granted(self, lane: Lane, batches: int) -> tuple[list[Any], Grant]:
         """Claim the due rows of that many batches if the circuit permits. The grant ends with the work on them."""
         if lane.beside is not None:
             conditions = lane.beside(self._in_hand.lasting(lane.model, LASTING_SECONDS))
             if conditions is None:
                 return [], NOTHING
             lane = replace(lane, where=(*lane.where, *conditions))
-        elif not self._full_claims[lane.name] and not self._due_checks.is_any(lane.name, wake_up):
-            if lane.slots is None or not self._due_checks.is_any(lane.name + QUEUED, wake_up):
+        elif not self._full_claims[lane.name] and not self._due_checks.is_any(lane.name):
+            if lane.slots is None or not self._due_checks.is_any(lane.name + QUEUED):
                 return [], NOTHING
             with self._database.read() as session:
                 if not lane.slots.is_any_next(session):
@@ -208,12 +208,12 @@ class Worker:
         batches = lane.batches
         pool = ThreadPoolExecutor(lane.threads + batches.most_lent, thread_name_prefix=lane.name)
         while not self._stop.is_set():
-            seen = self._wake_ups.begin(lane.name)
+            self._wake_ups.begin(lane.name)
             room = batches.wait_for_room(lane.threads_of(self._alive), self._ahead(lane), IDLE_SECONDS)
             if rows := self._group_claims.take(lane):
                 claimed, grant = lane.batches_of(rows), NOTHING
             else:
-                claimed, grant = self._claim_batches(lane, room, seen)
+                claimed, grant = self._claim_batches(lane, room)
             for rows in claimed:
                 batches.add(rows)
                 pool.submit(self._work_in_turn, lane, batches, rows, grant)
@@ -244,12 +244,12 @@ class Worker:
             finally:
                 batches.end()
 
-    def _claim_batches(self, lane: Lane, room: int, wake_up: int) -> tuple[list[list[Any]], Grant]:
+    def _claim_batches(self, lane: Lane, room: int) -> tuple[list[list[Any]], Grant]:
         """Claim at most this many batches, of one row or of several each."""
         if not room or self._stop.is_set():
             return [], NOTHING
         try:
-            rows, grant = self._claim_granted(lane, room, wake_up)
+            rows, grant = self._claim_granted(lane, room)
             return lane.batches_of(rows), grant
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", lane=lane.name, error=str(error))
@@ -259,33 +259,32 @@ class Worker:
         return [], NOTHING
 
     def _work(self, lane: Lane, rows: list[Any], grant: Grant) -> None:
-        """Call the lane's work. The work may change a row's lease, so the claims are noted first."""
-        ids, held = [str(row.id) for row in rows], claims_of(rows)
-        self._in_hand.begin(held)
+        """Call the lane's work."""
+        self._in_hand.add(rows, begun_at=time.monotonic())
         try:
             if lane.work_many and len(rows) > 1:
                 lane.work_many(rows)
             else:
-                for row in rows:
-                    lane.work(row)
-        except DatabaseUnavailable as error:
-            log.debug("worker.database_not_reached", lane=lane.name, rows=ids, error=str(error))
-            self._leases.note_unsettled(rows)
-        except Exception as error:
-            log.exception("worker.step_failed", lane=lane.name, rows=ids, exc_info=error)
-            self._put_off(rows)
+                lane.work(*rows)
+        except Exception as error:  # noqa: BLE001 - logged there
+            self._put_off(lane, rows, error)
         finally:
-            self._in_hand.remove(held)
+            self._in_hand.remove(rows)
             if grant.give_back():
-                self._wake_ups.wake_all()  # the next trial may start at once
+                self._wake_ups.wake()  # the next trial may start at once
 
-    def _put_off(self, rows: list[Any]) -> None:
-        """Settle rows that met a bug. Those that are applied or lost by now are left alone."""
+    def _put_off(self, lane: Lane, rows: list[Any], error: Exception) -> None:
+        """Settle rows that met a bug, and keep those that could not reach the database. Lost ones are left alone."""
+        ids = [str(row.id) for row in rows]
         try:
+            if isinstance(error, DatabaseUnavailable):
+                raise error
+            log.error("worker.step_failed", lane=lane.name, rows=ids, exc_info=error)
             for row in rows:
                 with suppress(LostClaim), self._database.write() as session:
                     claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
-        except DatabaseUnavailable:
+        except DatabaseUnavailable as away:
+            log.debug("worker.database_not_reached", lane=lane.name, rows=ids, error=str(away))
             self._leases.note_unsettled(rows)
 
     def _wait_for_work(self, name: str) -> None:
@@ -294,7 +293,8 @@ class Worker:
 
     def _wake_those_with_rows(self) -> None:
         """Make one check for all lanes. Wake the lanes with rows, and those that the check does not cover."""
-        due = self._due_checks.due(self._wake_ups.next_number())
+        with self._database.sessions.untested():  # a check that fails is soon made again
+            due = self._due_checks.check()
         # At rest no row is in hand, so no lane beside slow files has work.
         self._wake_ups.wake(due | ({QUARANTINE} if self._interval == REST_SECONDS else self._unchecked))
 
@@ -336,29 +336,32 @@ class Worker:
 
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
-            seen = self._wake_ups.begin(job.name)
+            self._wake_ups.begin(job.name)
             if job.due_if is None:
                 self._run_logged(job.name, job.run)
                 self._stop.wait(job.every_seconds)
                 continue
-            self._run_logged(job.name, lambda seen=seen: self._due_checks.is_any(job.name, seen) and job.run())  # type: ignore[misc]
+            self._run_logged(job.name, lambda: self._due_checks.is_any(job.name) and job.run())
             self._wait_for_work(job.name)
             self._stop.wait(CLAIM_PAUSE_SECONDS)
 
     def _run_quarantine(self) -> None:
         while not self._stop.is_set():
-            rests = self._interval == REST_SECONDS
-            wake_up = self._wake_ups.wait_for_next(QUARANTINE, MISSED_INTERVALS * REST_SECONDS) if rests else None
-            if not self._stop.wait(0 if rests else QUARANTINE_INTERVAL_SECONDS):
-                self._run_logged("quarantine", partial(self._work_on_quarantined, wake_up))
+            self._wake_ups.begin(QUARANTINE)
+            if self._interval == REST_SECONDS:
+                self._wait_for_work(QUARANTINE)
+            else:
+                self._stop.wait(QUARANTINE_INTERVAL_SECONDS)
+            if not self._stop.is_set():
+                self._run_logged("quarantine", self._work_on_quarantined)
 
-    def _work_on_quarantined(self, wake_up: int | None = None) -> int:
+    def _work_on_quarantined(self) -> int:
         """Work on one row in quarantine of each lane while this process does nothing else.
 
         The circuits are checked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
-        waiting = self._due_checks.quarantined_lanes(wake_up)
+        waiting = self._due_checks.quarantined_lanes()
         with ExitStack() as granted:
             trials = [lane.circuit.grant(1, left_for_seconds=PAUSE_CAP_SECONDS) for lane in waiting]
             lanes = [lane for lane, grant in zip(waiting, trials, strict=True) if granted.enter_context(grant).count]
@@ -366,7 +369,7 @@ class Worker:
                 return 0
             with self._in_hand.quarantine(self._stop):
                 done = sum(map(self._work_on_one_quarantined, lanes))
-        self._wake_ups.wake_all()
+        self._wake_ups.wake()
         return done
 
     def _work_on_one_quarantined(self, lane: Lane) -> int:

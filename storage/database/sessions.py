@@ -253,12 +253,6 @@ class Database:
             yield connection
 
     @contextmanager
-    def untested_reader(self) -> Iterator[Connection]:
-        """An `autocommit_reader` whose connection is not tested first. For callers that soon read again."""
-        with self.sessions.untested(), self.autocommit_reader() as connection:
-            yield connection
-
-    @contextmanager
     def read(self) -> Iterator[Session]:
         with self._unavailable(), Session(self.reader, expire_on_commit=False) as session:
             yield session

@@ -123,8 +123,8 @@ def test_a_wake_up_runs_one_statement_for_lanes_jobs_and_quarantine(database: Da
     checks, asked = DueChecks(database, lanes(lambda _: None), {"job": select(Asset.id)}), list[str]()
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
-    assert checks.is_any("assets", 1) and checks.is_any("job", 1)
-    assert not checks.is_any(Step.READ.value, 1) and not checks.quarantined_lanes()
+    assert checks.is_any("assets") and checks.is_any("job")
+    assert not checks.is_any(Step.READ.value) and not checks.quarantined_lanes()
     assert len(asked) == 1
 
 
@@ -147,12 +147,13 @@ def test_quarantine_shares_the_statement_of_a_wake_up_in_any_order(database: Dat
     checks, asked = DueChecks(database, lanes(lambda _: None), {}), list[str]()
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
-    assert not checks.quarantined_lanes(1) and not checks.is_any("assets", 1)
+    assert not checks.quarantined_lanes() and not checks.is_any("assets")
     assert len(asked) == 1
 
 
-def test_second_call_within_a_wake_up_runs_its_own_query(database: Database) -> None:
-    checks = DueChecks(database, [], {"job": select(Asset.id)})
-    assert not checks.is_any("job", 1)
-    new_assets(database, 1)
-    assert checks.is_any("job", 1) and checks.is_any("job", 2)
+def test_second_call_after_one_check_makes_another(database: Database) -> None:
+    checks = DueChecks(database, lanes(lambda _: None), {"job": select(Asset.id)})
+    assert not checks.is_any("job") and not checks.quarantined_lanes()
+    new_assets(database, 1, losses=claims.QUARANTINE_AFTER)
+    assert checks.is_any("job")
+    assert [lane.name for lane in checks.quarantined_lanes()] == ["assets", "images"]
