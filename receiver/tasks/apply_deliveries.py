@@ -166,9 +166,9 @@ class DeliveryApplier:
             return self._unreadable(session, row, parsed)
         external_id, provider_id = parsed.external_task_id, parsed.provider_task_id
         # The task of the token, else the one that the body names (without a token, or if the row was made again).
-        task = tasks.lock(session, row.task_id) if row.task_id else None
+        task = tasks.lock_unattached(session, row.task_id) if row.task_id else None
         if task is None and (named := find(session, row.provider, external_id, provider_id)):
-            task = tasks.lock(session, named)
+            task = tasks.lock_unattached(session, named)
         if task is None:
             record(session, EventName.CALLBACK_UNMATCHED, row.task_id, {"callback": row.id})
             return Verdict(CallbackState.UNMATCHED, "no task of ours has this id", external_id, provider_id)
@@ -186,13 +186,15 @@ class DeliveryApplier:
             verdict = self._apply_or_request_read(session, row, task, parsed)
             if verdict.reason == AWAITS_READ:  # `decide_again` finds it, also if a poll was due and it caused no read
                 task.callback_reads = task.callback_reads or 1
+            tasks.save(session, task)
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
         """Read the task, because a delivery arrived for it that cannot be parsed."""
-        task = tasks.lock(session, row.task_id) if row.task_id else None
+        task = tasks.lock_unattached(session, row.task_id) if row.task_id else None
         if task is not None and task.state not in states.TERMINAL:
             self._read_now(session, task)
+            tasks.save(session, task)
         return Verdict(CallbackState.UNREADABLE, reason)
 
     def _read_now(self, session: Session, task: Task, *, is_counted: bool = True) -> bool:

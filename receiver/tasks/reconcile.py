@@ -130,7 +130,7 @@ class Reader:
     def _park(self, row: Task) -> None:
         note = f"reading it ended its worker {row.losses} times; `receiver retry` tries again"
         with contextlib.suppress(LostClaim), self._database.write() as session:
-            claims.settle(session, row, due_in=None, note=note_after_others(note))
+            claims.settle(session, row, due_in=None, note=note_after_others(tasks.lock_claimed(session, row), note))
         log.error("task.parked", **tasks.named(row), note=note)
 
     def _read(self, row: Task) -> Record | None:
@@ -207,10 +207,11 @@ class Reader:
         waits_its_turn = isinstance(error, TooManyReads)  # The task did not cause this, so no attempt is counted.
         after = error.after if isinstance(error, Retry) else None
         due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
-        values = {} if waits_its_turn else {"note": note_after_others(str(error))}
         try:
             with self._database.write() as session:
-                claims.settle(session, task, due_in=due_in, counts=not waits_its_turn, **values)
+                row = tasks.lock_claimed(session, task)
+                note = row.note if waits_its_turn else note_after_others(row, str(error))
+                claims.settle(session, task, due_in=due_in, counts=not waits_its_turn, note=note)
         except LostClaim:
             return
         if not waits_its_turn:

@@ -202,20 +202,14 @@ class Archiver:
         return key, origin
 
     def _settle_archived(self, asset: Asset, session: Session) -> None:
-        task = tasks.lock_standing(session, asset.task_id)
-        if task is None:
-            raise LostClaim(f"task {asset.task_id} no longer exists")
+        task = self._lock_task(session, asset)
         claims.settle(
             session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
             notes=asset.notes, **USABLE,
         )  # fmt: skip
         record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
-        if tasks.advance_archive(session, task):
-            self._database.wake(session)  # for the finish and for the event
-        else:
-            row = self._lock_task(session, asset)
-            row.archive = states.reopened(row.archive)
-            self._look_at_task(session, row)
+        task.archive = states.reopened(task.archive)
+        self._look_at_task(session, task)
 
     def _interrupted(self, asset: Asset, error: Retry) -> None:
         before = [each["error"] for each in asset.failed_tries or ()]
@@ -302,6 +296,7 @@ class Archiver:
                 claims.settle(session, asset, due_in=due_in, **_failed(asset, str(error), tasks.now(session)))
                 if task.step is not Step.READ or task.lease is None:
                     reports.reschedule(session, task, self._schedule, read_now=True)
+                tasks.save(session, task)
                 self._database.wake(session)
         except LostClaim:
             return
@@ -309,7 +304,7 @@ class Archiver:
 
     def _lock_task(self, session: Session, asset: Asset) -> Task:
         """Lock the task row before its assets, so that exactly one settle sees that its asset was the last."""
-        task = tasks.lock(session, asset.task_id)
+        task = tasks.lock_unattached(session, asset.task_id)
         if task is None:
             raise LostClaim(f"task {asset.task_id} no longer exists")
         return task
@@ -320,6 +315,7 @@ class Archiver:
         """
         if (task.lease is None or task.step is Step.FINISH) and not reports.wants_read(session, task):
             reports.reschedule(session, task, self._schedule)
+        tasks.save(session, task)
         self._database.wake(session)
 
 

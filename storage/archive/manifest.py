@@ -158,8 +158,8 @@ class Finisher:
             return None
 
     def _end(self, session: Session, claimed: Task, written: dict[str, Any]) -> tuple[ArchiveState, str | None]:
-        """How the archive ends, with its note. Without row objects, which took 1 ms of CPU more."""
-        row = tasks.lock_standing(session, claimed.id)
+        """How the archive ends, with its note."""
+        row = tasks.lock_unattached(session, claimed.id)
         if row is None or row.lease != claimed.lease:
             raise LostClaim(f"another worker owns task {claimed.id}")
         assets = execute(session, _FILES, {"of": row.id}).rows

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from sqlalchemy import (
-    ClauseElement,
     ColumnElement,
     Integer,
     Uuid,
@@ -209,22 +208,20 @@ def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = T
 
 def update_claimed(session: Session, row: Row, **values: Any) -> None:
     """Write `values` and keep the claim. Raises `LostClaim` when the lease is no longer ours."""
-    model: Any = type(row)
-    if row.lease is None:  # SQLAlchemy writes `lease = NULL` as IS NULL, which would match
-        raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
-    owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
-    columns, expressions = list[tuple[str, bool]](), dict[str, Any]()
-    for name, value in values.items():  # runs twice a picture, with some twelve values
-        is_time = isinstance(value, db_now)
-        if isinstance(value, ClauseElement) and not is_time:
-            expressions[name] = value
-        else:
-            columns.append((name, is_time))
-            owned[f"new_{name}"] = value.seconds if is_time else value
-    statement = _owned_update(model, tuple(columns))
+    if not write(session, row, values, "id", "lease"):  # no row has a lease equal to NULL
+        raise LostClaim(f"another worker owns {type(row).__tablename__} {row.id}")
+
+
+def write(session: Session, row: Row, values: Mapping[str, Any], *unchanged: str) -> bool:
+    """Write `values` if the row's `unchanged` columns still are as in `row`. Returns whether they are.
+
+    A value is no SQL expression, except for the database's time.
+    """
     session.flush()
-    if execute(session, statement.values(expressions) if expressions else statement, owned).changed == 0:
-        raise LostClaim(f"another worker owns {model.__tablename__} {row.id}")
+    times = tuple([name for name, value in values.items() if isinstance(value, db_now)])
+    bound = {**values, **{name: values[name].seconds for name in times}}
+    bound |= {f"old_{name}": getattr(row, name) for name in unchanged}
+    return execute(session, _update(type(row), tuple(values), times, unchanged), bound).changed > 0
 
 
 def is_held(row: Row, seconds: float) -> ColumnElement[bool]:
@@ -255,12 +252,11 @@ def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UU
 
 
 @lru_cache(maxsize=STATEMENTS)
-def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
-    """An update while the lease is ours. Each column: its name, and whether it is set to the database's time."""
-    table = model.__table__
-    new = {name: db_now(f"new_{name}") if is_time else bindparam(f"new_{name}") for name, is_time in columns}
-    owned = update(table).where(table.c.id == bindparam("row_id"), table.c.lease == bindparam("held"))
-    return owned.values(new)
+def _update(model: Any, names: tuple[str, ...], times: tuple[str, ...], unchanged: tuple[str, ...]) -> Any:
+    """The statement of `write`. `times`: those of the columns that are set to the database's time."""
+    same = [model.__table__.c[name] == bindparam(f"old_{name}") for name in unchanged]
+    new = {name: db_now(name) if name in times else bindparam(name) for name in names}
+    return update(model.__table__).where(*same).values(new)
 
 
 # -- changes of due times without a claim ------------------------------------------------------------------------------

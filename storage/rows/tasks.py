@@ -5,13 +5,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import sqlalchemy
-from sqlalchemy import bindparam, case
+from sqlalchemy import bindparam
+from sqlalchemy.orm.attributes import instance_state
 from sqlmodel import Session, col, select
 
-from storage import states
 from storage.database.clock import db_now
 from storage.database.prepared import execute, unattached
 from storage.database.sessions import INSERTS
@@ -20,14 +20,7 @@ from storage.rows import claims
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Task
-from storage.states import (
-    ArchiveState,
-    AssetFacts,
-    AssetName,
-    Step,
-    TaskFacts,
-    TaskState,
-)
+from storage.states import AssetFacts, AssetName, TaskFacts
 
 # The same task, kind and index give the same asset id, also after a rebuild.
 ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
@@ -87,51 +80,20 @@ def lock(session: Session, task_id: uuid.UUID) -> Task | None:
     return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
 
 
-class Standing(NamedTuple):
-    """The columns of a task's row that decisions need, without a row object."""
-
-    id: uuid.UUID
-    state: TaskState
-    archive: ArchiveState
-    series: bool | None
-    expected: int | None
-    contradicted: bool
-    completeness_reads: int
-    step: Step | None
-    deleted_at: datetime | None
-    lease: uuid.UUID | None
-    note: str | None
+_LOCKED_ROW = sqlalchemy.select(Task.__table__).where(col(Task.id) == bindparam("wanted"))  # type: ignore[attr-defined]
+_LOCKED_ROW = _LOCKED_ROW.with_for_update()
 
 
-_TASKS = Task.__table__.c  # type: ignore[attr-defined]
-_STANDING = sqlalchemy.select(*(_TASKS[name] for name in Standing._fields)).where(_TASKS.id == bindparam("wanted"))
-_STANDING = _STANDING.with_for_update()
+def lock_unattached(session: Session, task_id: uuid.UUID) -> Task | None:
+    """`lock` for the steps of every callback and file. The row belongs to no session: `save` writes its changes."""
+    return next(iter(unattached(Task, execute(session, _LOCKED_ROW, {"wanted": task_id}))), None)
 
 
-def lock_standing(session: Session, task_id: uuid.UUID) -> Standing | None:
-    """Like `lock`, for a caller that will rarely change the row."""
-    rows = execute(session, _STANDING, {"wanted": task_id}).rows
-    return Standing._make(rows[0]) if rows else None
-
-
-_FINISH = sqlalchemy.update(Task.__table__).where(_TASKS.id == bindparam("wanted"))  # type: ignore[attr-defined]
-_FINISH = _FINISH.values(step=Step.FINISH, **claims.DUE_NOW)
-
-
-def advance_archive(session: Session, task: Standing) -> bool:
-    """Make the finish of the locked task due once none of its files is awaited any more.
-
-    Returns False, and changes nothing, unless the task is being archived and no other step can follow.
-    `reports.reschedule` does the same for a row object, with 1 ms more of CPU.
-    """
-    if task.archive is not ArchiveState.ARCHIVING or task.step is not None or task.deleted_at is not None:
-        return False
-    following = states.next_step(facts_now(session, task), 0)
-    if following is not None:
-        if following.step is not Step.FINISH:
-            return False
-        execute(session, _FINISH, {"wanted": task.id})
-    return True
+def save(session: Session, task: Task) -> None:
+    """Write the columns of a task of `lock_unattached` that have changed since."""
+    now, before = vars(task), instance_state(task).committed_state
+    if changed := {name: now[name] for name, value in before.items() if now[name] is not value}:
+        claims.write(session, task, changed, "id")
 
 
 def lock_claimed(session: Session, claimed: Task) -> Task:
@@ -172,7 +134,7 @@ def name_of(asset: Any) -> AssetName:
     return AssetName(asset.kind, asset.index, asset.original)
 
 
-def facts(task: Task | Standing, assets: Iterable[Any]) -> TaskFacts:
+def facts(task: Task, assets: Iterable[Any]) -> TaskFacts:
     """The part of the rows that decisions read. `assets`: row objects, or rows of their columns."""
     found = {
         name_of(asset): AssetFacts(asset.state, asset.source_url, asset.unusable_tries, asset.unconfirmed)
@@ -187,7 +149,7 @@ _OF_ASSET = ("kind", "index", "original", "state", "source_url", "unusable_tries
 _ASSET_FACTS = sqlalchemy.select(*(_ASSETS[name] for name in _OF_ASSET)).where(_ASSETS.task_id == bindparam("of"))
 
 
-def facts_now(session: Session, task: Task | Standing) -> TaskFacts:
+def facts_now(session: Session, task: Task) -> TaskFacts:
     """`facts` from the current rows without row objects, because every settled file needs them."""
     return facts(task, execute(session, _ASSET_FACTS, {"of": task.id}).rows)
 
@@ -220,7 +182,7 @@ def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None
 DEFAULTED = "default taken: "
 
 
-def request_note(task: Task | Standing) -> str | None:
+def request_note(task: Task) -> str | None:
     """The task's note if it is about its request. It stays when the work clears its own notes."""
     return task.note if task.note and task.note.startswith(DEFAULTED) else None
 
@@ -255,7 +217,7 @@ def clear_other_notes(task: Task, *, is_found: bool) -> None:
     task.note = next(kept, request_note(task))
 
 
-def note_after_others(note: str) -> Any:
-    """`note` as an SQL value, after the note of silence, or that the task is not found, if the task has one."""
-    after = [(col(Task.note).startswith(first), f"{first}; {note}") for first in (SILENT, NOT_FOUND)]
-    return case(*after, else_=note)
+def note_after_others(task: Task, note: str) -> str:
+    """`note`, after the locked task's note of silence, or that it is not found, if it has one."""
+    lasting = [first for first in (SILENT, NOT_FOUND) if task.note and task.note.startswith(first)]
+    return "; ".join([*lasting, note])

@@ -239,7 +239,7 @@ def test_groups_of_two_processes_lock_the_same_tasks_in_one_order(database: Data
 
     def lock_all(each: Database, order: list[uuid.UUID]) -> None:
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda it: each.write_in_group(lambda s: tasks.lock_standing(s, it), task_id=it), order))
+            list(threads.map(lambda it: each.write_in_group(lambda s: tasks.lock_unattached(s, it), task_id=it), order))
 
     with ThreadPoolExecutor(2) as threads:
         rounds: list[Future[None]] = []
@@ -278,7 +278,9 @@ def test_an_operation_that_waits_for_a_row_delays_no_other(database: Database) -
     with ThreadPoolExecutor(1) as threads:
         with database.write() as session:
             tasks.lock(session, task_id)
-            waits = threads.submit(database.write_in_group, lambda s: tasks.lock_standing(s, task_id), task_id=task_id)
+            waits = threads.submit(
+                database.write_in_group, lambda s: tasks.lock_unattached(s, task_id), task_id=task_id
+            )
             database.write_in_group(settling(assets[1]))
             assert states(database, assets) == [AssetState.DUE, AssetState.ARCHIVED]
             assert not waits.done()
