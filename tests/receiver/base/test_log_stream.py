@@ -31,20 +31,22 @@ def pipe() -> Iterator[tuple[int, TextIO]]:
 
 
 def fill(stream: TextIO) -> None:
-    """Take all room in the pipe, in lines."""
+    """Take all room in the pipe, to the last byte."""
     os.set_blocking(stream.fileno(), False)
-    with suppress(BlockingIOError):
-        while True:
-            os.write(stream.fileno(), LINE.encode())
+    for piece in (LINE, "\n"):
+        with suppress(BlockingIOError):
+            while True:
+                os.write(stream.fileno(), piece.encode())
     os.set_blocking(stream.fileno(), True)
 
 
-def lines_in(reading: int) -> list[str]:
-    """The lines that are in the pipe now, and those that others write as soon as there is room."""
-    found = b""
-    while select.select([reading], [], [], 0.5)[0] and (piece := os.read(reading, 65_536)):
-        found += piece
-    return [line for line in found.decode().splitlines() if line != LINE.strip()]
+def lines_in(reading: int, count: int) -> list[str]:
+    """The first lines of others in the pipe. Waits for this many."""
+    lines, found = list[str](), b""
+    while len(lines) < count and select.select([reading], [], [], 30)[0]:
+        found += os.read(reading, 65_536)
+        lines = [line for line in found.decode().split("\n")[:-1] if line not in (LINE.strip(), "")]
+    return lines
 
 
 def test_lines_for_a_reader_that_has_fallen_behind_wait_in_memory(pipe: tuple[int, TextIO]) -> None:
@@ -52,7 +54,7 @@ def test_lines_for_a_reader_that_has_fallen_behind_wait_in_memory(pipe: tuple[in
     fill(pipe[1])
     for number in range(3):
         log.write(f"{number}\n")
-    assert (log.dropped, lines_in(pipe[0])) == (0, ["0", "1", "2"])
+    assert (log.dropped, lines_in(pipe[0], 3)) == (0, ["0", "1", "2"])
 
 
 def test_lines_beyond_the_room_in_memory_are_dropped_and_counted(
@@ -63,9 +65,9 @@ def test_lines_beyond_the_room_in_memory_are_dropped_and_counted(
     fill(pipe[1])
     for number in range(5):
         log.write(f"{number}\n")
-    assert (log.dropped, lines_in(pipe[0])) == (3, ["0", "1"])
+    assert (log.dropped, lines_in(pipe[0], 2)) == (3, ["0", "1"])
     log.write("after\n")
-    assert (log.dropped, lines_in(pipe[0])) == (0, ["after"])
+    assert (log.dropped, lines_in(pipe[0], 1)) == (0, ["after"])
 
 
 def test_event_loop_writes_no_line_itself(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_long_line_is_whole(pipe: tuple[int, TextIO]) -> None:
     log = LogStream(pipe[1])
     log.write("y" * 100_000 + "\n")
     log.write("after\n")
-    assert lines_in(pipe[0]) == ["y" * 100_000, "after"]
+    assert lines_in(pipe[0], 2) == ["y" * 100_000, "after"]
 
 
 def test_end_of_the_process_writes_the_lines_that_wait() -> None:
@@ -112,7 +114,7 @@ def test_reader_that_stopped_reading_does_not_stop_the_end(
     fill(pipe[1])
     log.write("waits\n")
     LogHandler(log).close()
-    assert lines_in(pipe[0]) == ["waits"]
+    assert lines_in(pipe[0], 1) == ["waits"]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -124,9 +126,9 @@ def test_forked_child_does_not_write_its_parents_lines(pipe: tuple[int, TextIO])
         log.write("child\n")
         log.drain()
         os._exit(0)
-    found = lines_in(pipe[0])
+    found = lines_in(pipe[0], 2)
     os.waitpid(child, 0)
-    assert sorted(found + lines_in(pipe[0])) == ["child", "parent"]
+    assert (sorted(found), select.select([pipe[0]], [], [], 0)[0]) == (["child", "parent"], [])
 
 
 def test_line_after_a_cut_one_begins_a_line_of_its_own(
@@ -145,7 +147,7 @@ def test_line_after_a_cut_one_begins_a_line_of_its_own(
     log.write("before\n")
     assert log.dropped == 1
     log.write("after\n")
-    assert lines_in(pipe[0]) == ["bef", "after"]
+    assert lines_in(pipe[0], 2) == ["bef", "after"]
 
 
 def test_reader_that_is_gone_raises_nothing(pipe: tuple[int, TextIO]) -> None:
