@@ -154,6 +154,8 @@ def _stripped(value: Any) -> Any:
 def _database_url(value: SecretStr) -> SecretStr:
     try:
         url = normal_url(value.get_secret_value())
+    except ValueError:
+        raise
     except Exception as error:  # the parser's own message may quote the password
         raise ValueError(URL_FORMS) from error
     if url.query and url.get_backend_name() == "postgresql":

@@ -95,6 +95,7 @@ def _require_served(parts: Parts) -> None:
     one of the store, and without a worker. Raises `UserError`.
     """
     from receiver.local_store import serve_store
+    from storage.database.urls import file_url
     from storage.errors import UserError
     from storage.operations import heartbeats
     from storage.rows import migrations
@@ -107,7 +108,7 @@ def _require_served(parts: Parts) -> None:
         return
     raise UserError(f"nothing was sent, because no worker serves {file.absolute()}. To use it all the same, start "
                     "`receiver serve` in this folder first, or name the file by its whole path: "
-                    f"RECEIVER_DATABASE_URL=sqlite:///{file.absolute()}")  # fmt: skip
+                    f"RECEIVER_DATABASE_URL={file_url(file)}")  # fmt: skip
 
 
 def _unknown() -> Iterator[str]:

@@ -34,6 +34,7 @@ from receiver.demo.board import Compared, Outcome, Watch, Wish
 from receiver.local_store.seaweed import Mortal, Seaweed, answers, is_free, random_port, weed_binary
 from receiver.sandbox import Knobs, Sandbox
 from receiver.tasks.task_view import find, is_over
+from storage.database.urls import file_url
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.own_files import open_own
 from storage.rows.models import Asset, Callback, Task
@@ -142,7 +143,7 @@ class Stage:
 
     def _environment(self) -> dict[str, str]:
         return {
-            "RECEIVER_DATABASE_URL": f"sqlite:///{self.directory / 'receiver.db'}",
+            "RECEIVER_DATABASE_URL": file_url(self.directory / "receiver.db"),
             "RECEIVER_PORT": str(self._port),
             "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
             "RECEIVER_CALLBACK_SECRETS": secrets.token_urlsafe(32),

@@ -15,6 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from storage.url_parts import ENCODE
 
 URL_FORMS = f"use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, and {ENCODE}"
+NO_OPTIONS = "an SQLite URL takes no options: write a ? that is part of the file's name as %3F, or leave it out"
 # A healthy server answers in less. A delivery has 5 s from its body to its commit.
 CONNECT_SECONDS = 4
 # A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, while sending and while
@@ -31,7 +32,7 @@ SEVERAL_HOSTS = re.compile(r"(\w[\w+]*://(?:[^:/@?]*(?::[^@]*)?@)?)([^/?@]+,[^/?
 
 
 def normal_url(url: str) -> URL:
-    """`postgresql://` means psycopg 3; SQLite needs a file. Raises ValueError with the valid forms."""
+    """`postgresql://` means psycopg 3; SQLite needs a file. Raises ValueError with what to write."""
     parsed = _parse(url)
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -40,9 +41,16 @@ def normal_url(url: str) -> URL:
         if "@" in f"{parsed.host}{parsed.database}":
             raise ValueError(URL_FORMS)
         return parsed.set(host=unquote(parsed.host)) if parsed.host else parsed
-    if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
+    if parsed.drivername == "sqlite" and not parsed.host and parsed.database not in (None, "", ":memory:"):
+        if "?" in url:  # SQLAlchemy would open another file, and ignore most options
+            raise ValueError(NO_OPTIONS)
         return parsed
     raise ValueError(URL_FORMS)
+
+
+def file_url(file: Path) -> str:
+    """The URL of an SQLite file."""
+    return f"sqlite:///{file.absolute()}".replace("%", "%25").replace("?", "%3F")
 
 
 def _parse(url: str) -> URL:

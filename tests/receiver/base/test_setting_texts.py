@@ -35,6 +35,7 @@ REFUSED = [
     *((name, "http://a\nb:80", "holds a blank or a control character") for name in URLS),
     *(("metrics_token", value, "write printable ASCII") for value in (" ", "a b", "a\nb", "\N{EURO SIGN}")),
     *(("s3_bucket", value, "write the bucket's name alone") for value in ("s3://b", "b/c", " b", "a b")),
+    ("database_url", "sqlite:///a?b.db", "an SQLite URL takes no options: write a ? that is part of the file's name"),
     ("cors_origins", "https://", "an entry is no host name"),
     ("cors_origins", "https://a b", "an entry is no host name"),
     ("callback_secrets", "\udcff" + "s" * 40, "is not UTF-8 text"),

@@ -26,7 +26,7 @@ from receiver.gateway import gateway
 from storage.database import wakers
 from storage.database.clock import db_now
 from storage.database.sessions import KEPT_CONNECTIONS, Database
-from storage.database.urls import normal_url
+from storage.database.urls import file_url, normal_url
 from storage.database.wakers import Waker
 from storage.errors import DatabaseUnavailable
 from storage.rows.models import Worker
@@ -77,6 +77,7 @@ def test_valid_urls_are_accepted(given: str, driver: str, name: str) -> None:
         "sqlite://",
         "sqlite:///",
         "sqlite:///:memory:",
+        "sqlite://data/receiver.db",
         "sqlite+aiosqlite:///a.db",
         "mysql://u:s3cret@h/n",
         "postgresql+psycopg2://u:s3cret@h/n",
@@ -89,6 +90,23 @@ def test_invalid_url_is_refused_without_showing_its_password(given: str) -> None
     assert "s3cret" not in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("given", ["sqlite:///a?b.db", "sqlite:///a?", "sqlite:///a?b=c.db", "sqlite:///a?timeout=5"])
+def test_question_mark_in_the_name_of_a_file_is_refused_with_what_to_write(given: str) -> None:
+    with pytest.raises(ValueError, match=r"write a \? that is part of the file's name as %3F"):
+        normal_url(given)
+
+
+def test_encoded_characters_are_part_of_the_files_name(tmp_path: Path) -> None:
+    file = tmp_path / "50%25?b#c ü.db"
+    url = file_url(file)
+    assert "50%2525%3Fb#c ü.db" in url
+    database = Database(url)
+    with database.write() as session:
+        session.execute(text("CREATE TABLE found (id INTEGER)"))
+    database.close()
+    assert file.stat().st_size
 
 
 def select_columns(database: Database, *columns: Any) -> tuple[Any, ...]:
