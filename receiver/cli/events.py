@@ -234,7 +234,7 @@ def client_secret_(as_json: Json = False) -> None:
     from receiver.base.signature import client_secret
     from receiver.gateway.api_keys import client_of
 
-    with opened(needs_bucket=False) as parts:
+    with opened(needs_bucket=False, ready=False) as parts:  # also before an upgrade: clients need theirs by then
         keys, secrets = parts.settings.api_keys, parts.settings.event_secrets
     if not keys or not secrets:
         say("callbacks are signed once RECEIVER_API_KEYS and RECEIVER_EVENT_SECRETS are set", err=True)

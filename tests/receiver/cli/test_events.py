@@ -201,6 +201,13 @@ def test_each_api_key_has_a_secret_of_its_own(run: Run, monkeypatch: pytest.Monk
     assert "one-key" not in output + run("client-secret")[1]
 
 
+def test_secrets_of_clients_need_no_database(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"API_KEYS": "one-key", "DATABASE_URL": f"sqlite:///{tmp_path}/none.db"}.items():
+        monkeypatch.setenv(f"RECEIVER_{name}", value)
+    code, output = run("client-secret")
+    assert (code, "whsec_" in output, (tmp_path / "none.db").exists()) == (0, True, False), output
+
+
 # -- the setting ------------------------------------------------------------------------------------------------------
 
 
