@@ -174,10 +174,13 @@ class Decision:
 
 
 class Next(NamedTuple):
-    """The step a task row waits for and in how many seconds; None = nothing until something happens."""
+    """The step a task row waits for and in how many seconds; both None = nothing until something happens."""
 
-    step: Step
-    delay_seconds: float
+    step: Step | None = None
+    delay_seconds: float | None = None
+
+
+READ_NOW = Next(Step.READ, 0)
 
 
 def expected_files(*, n: int, series: bool, series_amount: int | Literal["auto"], watermark: bool) -> int | None:
@@ -267,19 +270,18 @@ def is_short(task: TaskFacts) -> bool:
     return len(task.assets) < max(task.expected or 1, 1)
 
 
-def next_step(task: TaskFacts, poll_delay_seconds: float) -> Next | None:
+def next_step(task: TaskFacts, poll_delay_seconds: float) -> Next:
     """The next step of a settled task row. `poll_delay_seconds`: when an unfinished task is read again."""
     if task.state is TaskState.CREATED:
         return Next(Step.CREATE, poll_delay_seconds)
     if task.state not in TERMINAL:
         return Next(Step.READ, poll_delay_seconds)
     if task.archive is not ArchiveState.ARCHIVING:
-        return None
+        return Next()
     if is_short(task) and task.completeness_reads < len(COMPLETENESS_DELAYS_SECONDS):
         return Next(Step.READ, COMPLETENESS_DELAYS_SECONDS[task.completeness_reads])
-    if any(asset.is_awaited for asset in task.assets.values()):
-        return None
-    return Next(Step.FINISH, 0)
+    is_awaited = any(asset.is_awaited for asset in task.assets.values())
+    return Next() if is_awaited else Next(Step.FINISH, 0)
 
 
 def reopened(archive: ArchiveState) -> ArchiveState:

@@ -199,7 +199,7 @@ class DeliveryApplier:
 
     def _read_now(self, session: Session, task: Task, *, is_counted: bool = True) -> bool:
         """Make the locked task due for a read. False: deliveries have caused enough reads of it."""
-        if reports.wants_read(session, task):
+        if reports.waits_for(session, task, states.READ_NOW):
             return True
         if is_counted and task.callback_reads >= MAX_READS_PER_TASK:
             return False

@@ -295,7 +295,7 @@ class Callbacks:
         too many, or not believed.
         """
         task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
-        if task is None or task.state in states.TERMINAL or reports.wants_read(session, task):
+        if task is None or task.state in states.TERMINAL or reports.waits_for(session, task, states.READ_NOW):
             return
         if task.callback_reads < apply_deliveries.MAX_READS_PER_TASK and reports.read_soon(session, task):
             task.callback_reads += 1

@@ -313,7 +313,7 @@ class Archiver:
         """Make the finish due if this was the last asset. A finish under way started from older rows. A read under way,
         or one that another asset's dead URL requested, is not changed: it checks the finish itself.
         """
-        if (task.lease is None or task.step is Step.FINISH) and not reports.wants_read(session, task):
+        if (task.lease is None or task.step is Step.FINISH) and not reports.waits_for(session, task, states.READ_NOW):
             reports.reschedule(session, task, self._schedule)
         tasks.save(session, task)
         self._database.wake(session)

@@ -294,16 +294,16 @@ def hasten_far(session: Session, model: type[Row], ids: Any, lease_seconds: floa
     return run(session, update(table).where(table.c.id.in_(ids)).values(due_at=due_at)).rowcount
 
 
-def make_due(row: Row, in_seconds: float = 0) -> None:
-    """Make a locked row due like a new one. A worker that holds it loses its lease."""
-    rest(row)
-    row.due_at = db_now(in_seconds)  # type: ignore[assignment]
+def make_due(row: Row, in_seconds: float | None = 0) -> None:
+    """Make a locked row due like a new one, or with None not due. A worker that holds it loses its lease."""
+    row.due_at = None if in_seconds is None else db_now(in_seconds)  # type: ignore[assignment]
+    row.lease = None
+    row.attempts = row.losses = 0
 
 
 def rest(row: Row) -> None:
     """Make a locked row not due. A worker that holds it loses its lease."""
-    row.due_at = row.lease = None
-    row.attempts = row.losses = 0
+    make_due(row, None)
 
 
 def backoff(attempts: int, *, base: float = BACKOFF_BASE_SECONDS, cap: float = BACKOFF_CAP_SECONDS) -> float:

@@ -22,6 +22,7 @@ from storage.states import (
     AssetName,
     AssetState,
     Decision,
+    Next,
     Report,
     Step,
     TaskFacts,
@@ -75,7 +76,7 @@ def apply(
     said, archived files too. An unconfirmed report replaces no confirmed link.
     """
     if task.deleted_at is not None:
-        _rest(session, task)
+        reschedule(session, task, schedule)
         return Decision(task.state, task.archive)
     if task.series is None:
         task.series = report.series
@@ -252,48 +253,28 @@ def reschedule(
     Only its own step settles a create: a create that waits becomes due at once, unless it waits for slots; a create
     under way is left to its owner. A read or a finish under way started from rows that have changed since: its claim is
     removed, so that it settles nothing, and the step is due again. A read that is due earlier than the next one keeps
-    its time. `read_later`: a read comes first, at the time of a task's first poll.
+    its time. `read_later`: a read comes first, at the time of a task's first poll. A deleted task waits for nothing.
     """
-    if task.deleted_at is not None:
-        _rest(session, task)
-        return
-    if task.step is Step.CREATE:
+    if task.step is Step.CREATE and task.deleted_at is None:
         if task.lease is None and task.queued_at is None:
             claims.hasten(task)
         return
     following = states.next_step(tasks.facts_now(session, task), schedule.poll_delay(task.polls))
-    if read_later:
-        following = states.Next(Step.READ, schedule.poll_after_seconds)
-    elif read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
-        following = states.Next(Step.READ, 0)
-    if not read_now and following and _waits_for(session, task, following):
-        return
-    task.step = following.step if following else None
-    if following:
+    if task.deleted_at is not None:
+        following = Next()
+    elif read_later:
+        following = Next(Step.READ, schedule.poll_after_seconds)
+    elif read_now or (task.lease is not None and following.step is task.step is Step.READ):
+        following = states.READ_NOW
+    if read_now or not waits_for(session, task, following):
+        task.step = following.step
         claims.make_due(task, following.delay_seconds)
-    else:
-        claims.rest(task)
-    session.flush()
+        session.flush()
 
 
-def _waits_for(session: Session, task: Task, following: states.Next) -> bool:
+def waits_for(session: Session, task: Task, following: Next) -> bool:
     """Whether the locked task is unclaimed and waits for this step already; for a read, no later than this one."""
-    if task.lease is not None or task.step is not following.step:
+    if task.lease is not None or task.due_at is None or task.step is None or task.step is not following.step:
         return False
-    if following.step is Step.READ:
-        return wants_read(session, task, within_seconds=following.delay_seconds)
-    return task.due_at is not None
-
-
-def _rest(session: Session, task: Task) -> None:
-    """A deleted task waits for nothing, whatever is reported."""
-    task.step = None
-    claims.rest(task)
-    session.flush()
-
-
-def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bool:
-    """Whether a read of the locked task waits and is due now or within some seconds."""
-    if task.step is not Step.READ or task.lease is not None or task.due_at is None:
-        return False
-    return task.due_at <= tasks.now(session) + timedelta(seconds=within_seconds)
+    soon = timedelta(seconds=following.delay_seconds or 0)
+    return task.step is not Step.READ or task.due_at <= tasks.now(session) + soon
