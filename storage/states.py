@@ -90,11 +90,11 @@ PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True)
 class Output:
-    """One produced file as reported. `index`: the provider's own number, None when it gave none."""
+    """One produced file as reported. `index`: its number among those of its type."""
 
     type: OutputType
     url: str | None = field(repr=False)
-    index: int | None = None
+    index: int
     watermark_url: str | None = field(default=None, repr=False)
 
 
@@ -192,23 +192,15 @@ def expected_files(*, n: int, series: bool, series_amount: int | Literal["auto"]
 
 
 def assets_in(report: Report, series: bool | None) -> dict[AssetName, str]:
-    """Name every file of a report: {name: url}. `series`: from the request, None when unknown.
-
-    The reported indexes count if all are present and distinct, else the position among outputs of that type. So the old
-    shape (indexed) and the new one (a plain list) give the same picture the same name.
-    """
+    """Name every file of a report: {name: url}. `series`: from the request, None when unknown."""
     is_series = report.series if series is None else series
     named: dict[AssetName, str] = {}
-    for kind_of_output in ("image", "video", "audio"):
-        outputs = [output for output in report.outputs if output.type == kind_of_output]
-        given = [output.index for output in outputs if output.index is not None and 0 <= output.index <= MAX_INDEX]
-        indexes = given if len(set(given)) == len(outputs) else range(len(outputs))
-        kind = "series" if kind_of_output == "image" and is_series else kind_of_output
-        for index, output in zip(indexes, outputs, strict=True):
-            if output.url:
-                named[AssetName(kind, index)] = output.url
-            if output.watermark_url:
-                named[AssetName("watermark", index, kind)] = output.watermark_url
+    for output in report.outputs:
+        kind = "series" if output.type == "image" and is_series else output.type
+        if output.url:
+            named[AssetName(kind, output.index)] = output.url
+        if output.watermark_url:
+            named[AssetName("watermark", output.index, kind)] = output.watermark_url
     return named
 
 

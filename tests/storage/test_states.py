@@ -11,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from storage.states import (
     COMPLETENESS_DELAYS_SECONDS,
-    MAX_INDEX,
     RANK,
     SAID_AFTER_TRIES,
     TERMINAL,
@@ -48,7 +47,7 @@ def old_shape(*indexes: int) -> Report:
 
 
 def new_shape(count: int) -> Report:
-    outputs = (Output("image", f"https://new/{place}", None, f"https://new/w{place}") for place in range(count))
+    outputs = (Output("image", f"https://new/{place}", place, f"https://new/w{place}") for place in range(count))
     return report(TaskState.SUCCEEDED, *outputs)
 
 
@@ -232,36 +231,10 @@ def test_the_kind_follows_the_request(asked: bool | None, claimed: bool | None, 
     assert set(assets_in(said, asked)) == {AssetName(kind, 0), AssetName("watermark", 0, kind)}
 
 
-@pytest.mark.parametrize(
-    ("reported", "indexes"),
-    [
-        ((0, 1, 2), {0, 1, 2}),
-        ((2, 0, 1), {0, 1, 2}),
-        ((4, 7), {4, 7}),
-        ((0, 1, 0, 1), {0, 1, 2, 3}),  # both arrays filled: images first, indexes run on
-        ((3, 3), {0, 1}),
-        ((5, None), {0, 1}),
-        ((-1, 5), {0, 1}),
-        ((5, MAX_INDEX + 1), {0, 1}),
-        ((MAX_INDEX,), {MAX_INDEX}),
-        ((None, None), {0, 1}),
-        ((), set()),
-    ],
-)
-def test_indexes_count_when_present_and_distinct(reported: tuple[int | None, ...], indexes: set[int]) -> None:
-    outputs = [Output("image", "https://a", index) for index in reported]
-    assert {name.index for name in assets_in(report(TaskState.SUCCEEDED, *outputs), False)} == indexes
-
-
-def test_each_type_counts_its_own_positions_and_series_is_for_pictures() -> None:
-    outputs = [Output(kind, "https://a") for kind in ("video", "image", "audio", "image")]
+def test_series_is_for_pictures() -> None:
+    outputs = [Output("image", "https://a", 0), Output("image", "https://a", 1), Output("video", "https://a", 0)]
     names = assets_in(report(TaskState.SUCCEEDED, *outputs), True)
-    assert sorted((name.kind, name.index) for name in names) == [
-        ("audio", 0),
-        ("series", 0),
-        ("series", 1),
-        ("video", 0),
-    ]
+    assert sorted((name.kind, name.index) for name in names) == [("series", 0), ("series", 1), ("video", 0)]
 
 
 def test_a_watermarked_copy_has_the_index_of_its_original_even_alone() -> None:

@@ -30,7 +30,7 @@ from receiver.providers.base import AlreadyExists, BadSignature, RequestFacts, U
 from receiver.providers.kling.client import MAX_ANSWER_BYTES, Kling, encode_in_pieces
 from receiver.providers.webhook_signature import verify_standard_webhook
 from storage.errors import AccountRefused, ModelRefused, ProviderRejected, ProviderThrottled, ReportUnreadable
-from storage.states import Output, Report, TaskState
+from storage.states import MAX_INDEX, Output, Report, TaskState
 from tests.harness import PAYLOADS
 
 KEY = "sk-canary-0123456789"
@@ -613,7 +613,30 @@ def test_series_marker_of_a_body_is_parsed() -> None:
 
 def test_images_come_before_series_images() -> None:
     report = old(series_images=[{"index": 0, "url": "s"}], images=[{"index": 0, "url": "i"}])
-    assert [output.url for output in report.outputs] == ["i", "s"]
+    assert report.outputs == (Output("image", "i", 0), Output("image", "s", 1))  # the indexes run on
+
+
+@pytest.mark.parametrize(
+    ("reported", "indexes"),
+    [
+        ((0, 1, 2), (0, 1, 2)),
+        ((2, 0, 1), (2, 0, 1)),
+        ((4, 7), (4, 7)),
+        ((3, 3), (0, 1)),
+        ((5, None), (0, 1)),
+        ((-1, 5), (0, 1)),
+        ((5, MAX_INDEX + 1), (0, 1)),
+        ((MAX_INDEX,), (MAX_INDEX,)),
+        ((None, None), (0, 1)),
+        ((), ()),
+    ],
+)
+def test_indexes_count_when_present_and_distinct(
+    reported: tuple[int | None, ...], indexes: tuple[int | None, ...]
+) -> None:
+    images = [{"url": "u", "index": index} for index in reported]
+    assert tuple(output.index for output in old(images=images).outputs) == indexes
+    assert tuple(output.index for output in new(*images).outputs) == indexes
 
 
 def test_a_picture_without_url_renames_no_other() -> None:
@@ -629,17 +652,17 @@ def test_videos_and_audios_are_parsed() -> None:
         audios=[{"id": "a", "url_wav": "a.wav"}, {"url_mp3": "b.mp3", "url_wav": "b.wav"}],
     )
     sounds = (Output("audio", "a.wav", 1), Output("audio", "b.mp3", 2), Output("audio", "b.wav", 3))
-    assert report.outputs == (Output("video", "v", None, "w"), *sounds)
+    assert report.outputs == (Output("video", "v", 0, "w"), *sounds)
 
 
 def test_outputs_of_the_new_shape_are_parsed_by_type() -> None:
     report = new({"type": "video", "url": "v"}, {"type": "image", "url": "i"}, {"type": "text", "url": "t"})
-    assert report.outputs == (Output("image", "i"), Output("video", "v"))
+    assert report.outputs == (Output("image", "i", 0), Output("video", "v", 0))
 
 
 @pytest.mark.parametrize("index", [-1, 10_000, 1.5, True, "x", None, 10**30])
 def test_invalid_index_counts_as_missing(index: Any) -> None:
-    assert old(images=[{"url": "u", "index": index}]).outputs == (Output("image", "u", None),)
+    assert old(images=[{"url": "u", "index": index}]).outputs == (Output("image", "u", 0),)
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 1_790_000_000, 10**14, "soon", 1.5, True, [], 10**30])

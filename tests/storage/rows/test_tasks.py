@@ -436,9 +436,8 @@ def sqlite(migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     opened.close()
 
 
-POSITIONAL = replace(pictures(2), outputs=tuple(replace(output, index=None) for output in pictures(2).outputs))
 WORDS = st.sampled_from([replace(PROCESSING, status=TaskState.SUBMITTED), PROCESSING, FAILED, UNKNOWN])
-HEARD = st.tuples(WORDS | st.sampled_from([pictures(2), pictures(1), POSITIONAL, pictures(0)]), st.booleans())
+HEARD = st.tuples(WORDS | st.sampled_from([pictures(2), pictures(1), pictures(0)]), st.booleans())
 
 
 def end_of(session: Session, heard: list[tuple[Report, bool]]) -> object:
