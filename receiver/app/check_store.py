@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from sqlalchemy import func, or_
 from sqlmodel import col, select
 
-from receiver.app.findings import SYNCHRONISE, Result, Status, host_of, refused
+from receiver.app.findings import SYNCHRONISE, Result, Status, refused
 from receiver.app.wiring import Parts
 from storage.bucket.bucket import PROBE_FOLDER, Bucket
 from storage.bucket.probe import Capabilities
+from storage.bucket.store_connection import BOTO3_ENDPOINTS, EndpointInvalid
 from storage.bucket.store_errors import (
     CHECKSUMS_HINT,
     WITHOUT_CHECKSUMS,
@@ -62,7 +63,7 @@ WITHOUT = {
 
 def bucket(parts: Parts) -> Iterator[Result]:
     """Check whether the bucket can be written, read and listed, and which other capabilities it has."""
-    name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", host_of(parts.store_address[0])
+    name = f"s3://{parts.bucket.name}/{parts.bucket.prefix}"
     try:
         can = parts.bucket.probe(LARGE_BYTES)
         unlisted = _unlisted(parts.bucket)
@@ -73,16 +74,18 @@ def bucket(parts: Parts) -> Iterator[Result]:
         yield Result("bucket", status, line, advice)
         return
     # an error text that no S3 store sends, or an address that boto3 cannot connect to
-    except (LookupError, ValueError):
-        line = f"the server at {where} is not an S3 store"
-        yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
+    except (LookupError, ValueError) as error:
+        line = f"the server at {parts.bucket.host} is not an S3 store"
+        if isinstance(error, EndpointInvalid):
+            line = str(error)
+        yield Result("bucket", Status.FAULT, line, f"correct {_endpoint_setting(parts)}")
         return
     if unlisted:
         yield unlisted
         return
     lacks = sum(not getattr(can, ability) for ability in WITHOUT)
     more = f"; it lacks {lacks} of {len(WITHOUT)} capabilities (`receiver check --verbose`)" if lacks else ""
-    line = f"{name} at {where} was written, listed and read back; {PROOFS[can.proof]}{more}"
+    line = f"{name} at {parts.bucket.host} was written, listed and read back; {PROOFS[can.proof]}{more}"
     yield Result("bucket", Status.OK, line)
     yield from _capabilities(can)
 
@@ -109,7 +112,13 @@ def _advice(parts: Parts, error: StoreUnavailable) -> str:
         return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"
     if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
         return ""  # the message is the advice
-    return ADVICE.get(reason_code(error), "check RECEIVER_S3_ENDPOINT_URL, and that the store runs")
+    return ADVICE.get(reason_code(error), f"check {_endpoint_setting(parts)}, and that the store runs")
+
+
+def _endpoint_setting(parts: Parts) -> str:
+    if parts.store_address[0] is not None:
+        return "RECEIVER_S3_ENDPOINT_URL"
+    return f"RECEIVER_S3_ENDPOINT_URL, which is not set, and boto3's own ({BOTO3_ENDPOINTS})"
 
 
 def _works_without_checksums(parts: Parts) -> bool:

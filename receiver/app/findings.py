@@ -50,6 +50,6 @@ def start_command(settings: Settings) -> str:
     return f"receiver serve --store {shlex.quote(str(settings.store))}" if settings.store else "receiver serve"
 
 
-def host_of(url: str | None) -> str:
+def host_of(url: str) -> str:
     """Host and port only, because a URL may hold a password."""
-    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"
+    return urlsplit(url).netloc.rpartition("@")[2]

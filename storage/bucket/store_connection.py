@@ -15,7 +15,7 @@ from botocore.config import Config
 from storage import forks
 from storage.bucket.bounded_connections import bound
 from storage.bucket.signed_requests import ConditionFailed, SignedRequests, TryAgain
-from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status, store_at
+from storage.bucket.store_errors import NoSuchObject, code, host, is_stale, refusal, status, store_at
 from storage.errors import UserError
 from storage.http_date import http_date
 
@@ -27,6 +27,8 @@ TRIES = 2
 RENEW_SECONDS = 10.0
 # Refusals whose code a HEAD does not show, because its answer has no body.
 UNTOLD = (400, 401, 403)
+# Where boto3 looks for an endpoint if it is given none.
+BOTO3_ENDPOINTS = "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's endpoint_url"
 
 ChecksumMode = Literal["when_supported", "when_required", "never"]
 Addressing = Literal["auto", "path", "virtual"]
@@ -52,6 +54,8 @@ class StoreConnection:
         self.name = name
         self._keys = keys
         self._endpoint_url = endpoint_url
+        # What messages name. Without an endpoint of ours boto3 finds its own, for example in AWS_ENDPOINT_URL_S3.
+        self._used_endpoint_url = endpoint_url
         self._public_endpoint_url = public_endpoint_url
         self._sends_checksums = checksum_mode != "never"
         self._config = Config(
@@ -82,8 +86,12 @@ class StoreConnection:
         return self._public_endpoint_url is not None or self._endpoint_url is None
 
     @property
+    def host(self) -> str:
+        return host(self._used_endpoint_url)
+
+    @property
     def place(self) -> str:
-        return f"{store_at(self._endpoint_url)} (bucket {self.name})"
+        return f"{store_at(self._used_endpoint_url)} (bucket {self.name})"
 
     def _client(self, endpoint_url: str | None = None) -> Any:
         endpoint_url = endpoint_url or self._endpoint_url
@@ -95,14 +103,16 @@ class StoreConnection:
                 except boto_errors.BotoCoreError:
                     raise
                 except ValueError:  # for example a host name with an underscore, common in Compose files
+                    where = "RECEIVER_S3_ENDPOINT_URL" if endpoint_url else BOTO3_ENDPOINTS
                     raise EndpointInvalid(
-                        "boto3 refuses the host in RECEIVER_S3_ENDPOINT_URL; use a name without underscores"
+                        f"boto3 refuses the host in {where}; write https://HOST with a name without underscores"
                     ) from None
                 bound(client)
                 client.meta.events.register("after-call.s3", self._note_date)
                 if not self._sends_checksums:
                     client.meta.events.register("provide-client-params.s3", without_checksums)
                 if endpoint_url == self._endpoint_url:
+                    self._used_endpoint_url = client.meta.endpoint_url
                     credentials = session.get_credentials()
                     self._signed = SignedRequests.for_client(client, credentials, self.name)
                 self._clients[endpoint_url] = client
@@ -163,7 +173,7 @@ class StoreConnection:
             return (TryAgain if answer[0] == 409 else ConditionFailed)(answer[1])
         if is_stale(error):
             self._renew()
-        return refusal(error, self.name, self._endpoint_url, size, sent_checksums=self._sends_checksums)
+        return refusal(error, self.name, self._used_endpoint_url, size, sent_checksums=self._sends_checksums)
 
 
 def without_checksums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:

@@ -69,18 +69,18 @@ def refusal(
     if not isinstance(error, boto_errors.ClientError):
         return StoreUnavailable(message)
     if size is not None and (status(error) == 413 or code(error) == TOO_LARGE):
-        return ObjectRefused(_too_large(error, bucket, _host(endpoint_url), size))
+        return ObjectRefused(_too_large(error, bucket, endpoint_url, size))
     if size is not None and code(error) in OF_ONE_OBJECT:
         return ObjectRefused(message)
     return ObjectForbidden(message) if code(error) in FORBIDDEN else StoreUnavailable(message)
 
 
-def _too_large(error: Exception, bucket: str, host: str, size: int) -> str:
+def _too_large(error: Exception, bucket: str, endpoint_url: str | None, size: int) -> str:
     what = f"an object of {size:,} bytes (bucket {bucket}, HTTP {status(error)})"
     if code(error) == TOO_LARGE:
-        return f"the store at {host} refuses {what}: raise its limit for one object"
+        return f"{store_at(endpoint_url)} refuses {what}: raise its limit for one object"
     return (
-        f"a limit in front of the store at {host} refuses {what}: raise the request limit of the proxy there "
+        f"a limit in front of {store_at(endpoint_url)} refuses {what}: raise the request limit of the proxy there "
         "(nginx: client_max_body_size) to RECEIVER_MAX_ASSET_BYTES"
     )
 
@@ -151,9 +151,9 @@ def code(error: Any) -> str:
 
 
 def store_at(endpoint_url: str | None) -> str:
-    return f"the store at {_host(endpoint_url)}"
+    return f"the store at {host(endpoint_url)}"
 
 
-def _host(url: str | None) -> str:
-    """Host and port only, because a URL may hold a password."""
+def host(url: str | None) -> str:
+    """Host and port only, because a URL may hold a password. None: no client has been made for boto3's own endpoint."""
     return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"

@@ -163,6 +163,13 @@ def test_unreachable_store_is_a_fault_with_its_remedy(look_at_all: Look) -> None
     assert "127.0.0.1:1 cannot be reached" in found["bucket"] and "RECEIVER_S3_ENDPOINT_URL" in found["bucket"]
 
 
+def test_unreachable_store_of_boto3s_own_settings_is_named(look_at_all: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    says = faults(look_at_all(s3_endpoint_url=None))["bucket"]
+    assert says.startswith("the store at 127.0.0.1:1 cannot be reached")
+    assert "(AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's endpoint_url)" in says
+
+
 def test_server_that_is_not_a_store_is_a_fault(look_at_all: Look, sandbox: Sandbox) -> None:
     assert list(faults(look_at_all(s3_endpoint_url=f"{sandbox.url}/"))) == ["bucket"]
 

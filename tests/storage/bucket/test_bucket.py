@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from storage.bucket import bucket as objects
 from storage.bucket import checksums
 from storage.bucket.bucket import Bucket
 from storage.bucket.probe import Capabilities
-from storage.bucket.store_connection import Addressing
+from storage.bucket.store_connection import Addressing, EndpointInvalid
 from storage.bucket.store_errors import NoSuchObject
 from storage.errors import ObjectConflict, StoreUnavailable
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
@@ -321,6 +322,34 @@ def test_unreachable_store_is_named_without_its_password() -> None:
     down = Bucket("pictures", endpoint_url="http://user:secret@127.0.0.1:9")
     with pytest.raises(StoreUnavailable, match=r"the store at 127\.0\.0\.1:9 cannot be reached") as refused:
         down.head("a.png")
+    assert "secret" not in str(refused.value)
+
+
+PROFILE = "[default]\nregion = us-east-1\nendpoint_url = http://user:secret@127.0.0.1:9\n"
+
+
+@pytest.mark.usefixtures("s3_environment")
+@pytest.mark.parametrize("source", ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "profile"])
+def test_unreachable_store_of_boto3s_own_settings_is_named(
+    source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if source == "profile":
+        (tmp_path / "config").write_text(PROFILE)
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    else:
+        monkeypatch.setenv(source, "http://user:secret@127.0.0.1:9")
+    down = Bucket("pictures")
+    with pytest.raises(StoreUnavailable, match=r"the store at 127\.0\.0\.1:9 cannot be reached") as refused:
+        down.head("a.png")
+    assert "secret" not in str(refused.value)
+    assert down.place == "the store at 127.0.0.1:9 (bucket pictures)"
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_invalid_endpoint_of_boto3s_own_settings_is_refused_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://user:secret@my_store:9")
+    with pytest.raises(EndpointInvalid, match="boto3 refuses the host in AWS_ENDPOINT_URL_S3") as refused:
+        Bucket("pictures").head("a.png")
     assert "secret" not in str(refused.value)
 
 
