@@ -16,6 +16,7 @@ from storage.fetch import connection
 from storage.fetch.addresses import AddressPolicy, Target, check_url
 from storage.fetch.client import retry_after
 from storage.fetch.connection import KEEPALIVE_SECONDS, USER_AGENT
+from storage.http.connection import GuardedStream, TransferDeadline
 
 # Standard Webhooks recommends 15 to 30 s. A receiver that works longer should answer first.
 TIMEOUT_SECONDS = 15.0
@@ -76,7 +77,7 @@ class Poster:
         """Raises `FetchRefused` (the URL's form), `AddressRefused` (what its name resolves to), `SinkSilent`."""
         target = check_url(url, self._policy)
         seconds = self._timeout_seconds
-        pace = connection.TransferDeadline(seconds, head_seconds=seconds, min_bytes_per_second=0)
+        pace = TransferDeadline(seconds, head_seconds=seconds, min_bytes_per_second=0)
         with pace, _silences(target.host), self._request(target, body, headers) as response:
             _read_a_little(response)
             said = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
@@ -126,7 +127,7 @@ def _read_a_little(response: httpcore.Response) -> None:
     except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, FetchInterrupted):
         return
     stream = response.extensions["network_stream"]
-    if isinstance(stream, connection.GuardedStream) and stream.body_bytes == size:
+    if isinstance(stream, GuardedStream) and stream.body_bytes == size:
         stream.reusable = True
 
 

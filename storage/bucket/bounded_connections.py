@@ -18,7 +18,8 @@ from botocore.awsrequest import (
     AWSHTTPSConnectionPool,
 )
 
-from storage.bucket.http_connections import MAX_HEAD_BYTES, MIN_BYTES_PER_SECOND
+from storage.bucket.http_connections import MIN_BYTES_PER_SECOND
+from storage.http.connection import MAX_HEAD_BYTES
 
 # A page of a listing has at most 1,000 keys of 1 kB, each byte as `%XX` at most, and 400 bytes of XML around each.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024

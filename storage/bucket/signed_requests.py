@@ -23,7 +23,8 @@ from botocore import exceptions as boto_errors
 from botocore.httpsession import get_cert_path
 
 from storage import spool
-from storage.bucket.http_connections import HttpConnections, Response, UnexpectedResponse
+from storage.bucket.http_connections import HttpConnections, UnexpectedResponse
+from storage.http.client import Response
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # The only signature of boto3 that is supported here: no access point, no S3 Express, no v4a.
@@ -172,7 +173,7 @@ class SignedRequests:
         path = self._base_path + quote(key, safe="/~")  # boto3's own quoting
         signed = self._signer.headers(method, path, sha256, headers)
         signed |= {"user-agent": self._user_agent} | ({"content-length": str(size)} if file else {})
-        answer = self._connections.send(method, path, signed, (lambda: spool.blocks(file)) if file else tuple)
+        answer = self._connections.send(method, path, signed, (lambda: spool.blocks(file)) if file else None)
         self._refusals[method] = self._refusals[method] + 1 if answer.status in REFUSALS else 0
         return answer
 

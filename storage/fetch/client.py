@@ -28,7 +28,9 @@ from storage.errors import (
 from storage.fetch import connection, media_types
 from storage.fetch.addresses import AddressPolicy, Target, check_url, tidy
 from storage.fetch.media_types import Media
-from storage.fetch.transfer import Body, Connections
+from storage.fetch.transfer import Body
+from storage.http.client import Connections, NotHttp, Origin, Request
+from storage.http.connection import GuardedStream, TransferDeadline
 from storage.http_date import http_date
 
 # A CDN accepts a connection within one round trip. 10 s covers three lost SYNs (1 + 2 + 4 s).
@@ -106,16 +108,19 @@ class Fetcher:
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
         self._deadline = partial(
-            connection.TransferDeadline,
+            TransferDeadline,
             head_seconds=connect_timeout_seconds + read_timeout_seconds,
             min_bytes_per_second=min_bytes_per_second,
             wait_seconds=read_timeout_seconds,
         )
-        backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial, tunnel=tunnel)
-        context = ssl_context or connection.tls_context()
+        self._backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial, tunnel=tunnel)
+        self._context = ssl_context or connection.tls_context()
+        self._connect_seconds = connect_timeout_seconds
+        self._headers = {"User-Agent": user_agent, "Accept": "*/*", "Accept-Encoding": "identity"}
         self._connections = Connections(
-            backend, context, most=connections, connect_seconds=connect_timeout_seconds, user_agent=user_agent
-        )
+            self._connect, most=connections, write_seconds=read_timeout_seconds,
+            idle_seconds=connection.KEEPALIVE_SECONDS,
+        )  # fmt: skip
 
     def fetch(
         self,
@@ -162,7 +167,7 @@ class Fetcher:
         self._connections.close()
 
     def _follow(
-        self, target: Target, sink: BinaryIO, deadline: connection.TransferDeadline, *, trusted_only: bool
+        self, target: Target, sink: BinaryIO, deadline: TransferDeadline, *, trusted_only: bool
     ) -> tuple[Target, Body]:
         """Follow redirects and receive the file; resume it after a broken connection if the host supports ranges."""
         body, redirects, resumes = Body(sink, self._max_bytes), 0, 0
@@ -170,7 +175,9 @@ class Fetcher:
             before = body.size
             deadline.expect_head()
             try:
-                with self._connections.get(target, body.request_headers()) as response:
+                headers = {"Host": target.authority, **self._headers, **body.request_headers()}
+                request = Request("GET", (target.scheme, target.host, target.port), target.path, headers)
+                with self._connections.get(request) as response:
                     if response.status not in REDIRECTS:
                         if response.status not in (200, 206):
                             raise _refusal(response.status, response.headers, target.host)
@@ -188,6 +195,14 @@ class Fetcher:
                     raise FetchCut(f"the response broke off after {body.size} bytes") from error
                 raise
         raise FetchUnusable(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
+
+    def _connect(self, origin: Origin) -> GuardedStream:
+        scheme, host, port = origin
+        stream = self._backend.connect_tcp(host, port, self._connect_seconds)
+        if scheme == "http":
+            return stream
+        self._context.set_alpn_protocols(["http/1.1"])
+        return stream.start_tls(self._context, host, self._connect_seconds)
 
     def _redirected(self, target: Target, headers: Mapping[str, str]) -> Target:
         """The checked target of a redirect. A refused one raises `FetchUnusable`, so the link is tried again later: the
@@ -239,6 +254,8 @@ def _raise_ours(error: Exception) -> NoReturn:
         raise FetchInterrupted(f"timed out ({type(error).__name__})") from error
     if isinstance(error, httpcore.NetworkError):
         raise FetchInterrupted(f"connection broke: {str(error)[:200]}") from error
+    if isinstance(error, NotHttp):
+        raise FetchUnusable(str(error)) from None
     if not isinstance(error, OSError):
         raise FetchInterrupted("the response broke off") from None
     if error.errno in NO_ROOM:

@@ -25,6 +25,8 @@ from storage.bucket.http_connections import HttpConnections
 from storage.bucket.probe import Capabilities
 from storage.bucket.put_options import PutOptions
 from storage.errors import ObjectConflict, StoreUnavailable
+from storage.http.client import Origin
+from storage.http.connection import GuardedStream
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
 
@@ -114,14 +116,15 @@ def through(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> Iterator[Bu
 
 def with_small_buffer(monkeypatch: pytest.MonkeyPatch, connections: HttpConnections) -> None:
     """Otherwise the kernel accepts megabytes at once on loopback."""
-    connect = connections._connect
+    kept = connections._connections
+    connect = kept._connect
 
-    def connect_small() -> socket.socket:
-        connection = connect()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+    def connect_small(origin: Origin) -> GuardedStream:
+        connection = connect(origin)
+        connection._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
         return connection
 
-    monkeypatch.setattr(connections, "_connect", connect_small)
+    monkeypatch.setattr(kept, "_connect", connect_small)
 
 
 def put(bucket: Bucket, name: str, content: bytes) -> bool:

@@ -46,6 +46,7 @@ from storage.fetch import connection as wire
 from storage.fetch.addresses import AddressPolicy
 from storage.fetch.client import Fetched, Fetcher, retry_after
 from storage.fetch.connection import USER_AGENT
+from storage.http.connection import HEAD_READ_BYTES, TransferDeadline
 from storage.spool import spool, sweep
 from tests.address_vectors import ALLOWED_ADDRESSES, ALLOWED_URLS, FORBIDDEN_ADDRESSES, MIXED_ANSWERS, REFUSED_URLS
 from tests.harness import wait_until
@@ -547,9 +548,9 @@ def test_bytes_that_tls_holds_after_a_response_are_not_the_next_one(
 ) -> None:
     """A head and a body that end with a read leave the rest of their TLS record where the socket does not show it."""
     server, client, _ = secure
-    filler = 8_000 + wire.HEAD_READ_BYTES - len(answer(png(bytes(8_000))))
+    filler = 8_000 + HEAD_READ_BYTES - len(answer(png(bytes(8_000))))
     whole = answer(png(bytes(filler)))
-    assert len(whole) == wire.HEAD_READ_BYTES
+    assert len(whole) == HEAD_READ_BYTES
     server.scripts["/long"] = whole + answer(png(b"forged"))
     with pytest.raises(FetchUnusable, match="more bytes"):
         client.fetch("https://cdn.example.com/long", io.BytesIO())
@@ -612,13 +613,13 @@ def test_slow_host_is_given_up_in_time(host: FileHost, script: Script, reason: s
 
 def test_speed_counts_only_the_time_spent_waiting() -> None:
     now = [0.0]
-    pace = wire.TransferDeadline(600, head_seconds=40, min_bytes_per_second=4_096, clock=lambda: now[0])
-    pace.received(1, waited=30)  # until the head is complete, only the head deadline counts
+    pace = TransferDeadline(600, head_seconds=40, min_bytes_per_second=4_096, clock=lambda: now[0])
+    pace.moved(1, waited=30)  # until the head is complete, only the head deadline counts
     pace.expect_body()
     for _ in range(40):
-        pace.received(MIB, waited=0.25)
+        pace.moved(MIB, waited=0.25)
     with pytest.raises(FetchInterrupted, match="slower than 4096 bytes a second"):
-        pace.received(1, waited=10)
+        pace.moved(1, waited=10)
     now[0] = 600
     with pytest.raises(FetchInterrupted, match="longer than 600 s"):
         pace.allow(30)

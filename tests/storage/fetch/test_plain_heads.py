@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import socket
-import ssl
 from typing import Any
 
 import httpcore
@@ -13,17 +12,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from storage.fetch import transfer
-from storage.fetch.addresses import AddressPolicy, check_url
-from storage.fetch.connection import GuardedBackend, GuardedStream
-from storage.fetch.transfer import Body, Connections
+from storage.fetch.transfer import Body
+from storage.http import client
+from storage.http.client import Connections, Request
+from storage.http.connection import GuardedStream
 
 BODY = b"a picture"
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
-TARGET = check_url("http://127.0.0.1:8080/1.png?a=b", AddressPolicy(private_hosts=frozenset({("127.0.0.1", 8080)})))
+GET = Request("GET", ("http", "127.0.0.1", 8080), "/1.png?a=b", {"Host": "127.0.0.1:8080"})
 
 
-class Wire(GuardedBackend):
+class Wire:
     """One connection, on which the response has arrived already and after which the host hangs up."""
 
     def __init__(self, response: bytes) -> None:
@@ -31,7 +30,7 @@ class Wire(GuardedBackend):
         self.host.sendall(response)
         self.host.shutdown(socket.SHUT_WR)
 
-    def connect_tcp(self, *_: Any, **__: Any) -> GuardedStream:
+    def connect(self, _origin: object) -> GuardedStream:
         return GuardedStream(self._ours)
 
 
@@ -39,12 +38,10 @@ def outcome(response: bytes) -> Any:
     """What the request was, and what came out: status, headers, body and what is known of the connection; or the
     error."""
     wire, sink = Wire(response), io.BytesIO()
-    connections = Connections(
-        wire, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), most=1, connect_seconds=5.0, user_agent="test"
-    )
+    connections = Connections(wire.connect, most=1, write_seconds=5.0, idle_seconds=4.0)
     found: Any
     try:
-        with connections.get(TARGET, []) as answer:
+        with connections.get(GET) as answer:
             body = Body(sink, 10_000)
             body.receive(answer)
             found = answer.status, answer.headers, body.notes, answer.stream.reusable, answer.ends_connection
@@ -58,7 +55,7 @@ def outcome(response: bytes) -> Any:
 
 def by_httpcore(response: bytes) -> Any:
     with pytest.MonkeyPatch.context() as only:
-        only.setattr(transfer, "PLAIN_HEAD", re.compile(rb"(?!)"))
+        only.setattr(client, "PLAIN_HEAD", re.compile(rb"(?!)"))
         return outcome(response)
 
 
@@ -70,6 +67,9 @@ PLAIN = {
     "a file server": head(b"Accept-Ranges: bytes\r\nContent-Type: image/png\r\nServer: rclone/v1.60.1\r\n"),
     "a store": head(b'Etag: "a"\r\n', b"X-Amz-Request-Id: 1\r\n", b"Connection: keep-alive\r\n"),
     "a host that closes": head(b"connection: Keep-Alive, CLOSE\r\n"),
+    "no body": head(status=b"HTTP/1.1 204 No Content\r\n"),
+    "a redirect": head(b"Location: /2.png\r\n", status=b"HTTP/1.1 302 Found\r\n"),
+    "a part": head(b"Content-Range: bytes 0-8/9\r\n", status=b"HTTP/1.1 206 Partial\r\n"),
     "no reason": head(status=b"HTTP/1.1 200\r\n"),
     "an empty reason": head(status=b"HTTP/1.1 200 \r\n"),
     "blanks and tabs": head(b"X:\r\nY: \t \r\nZ:\t a\tb  c \t\r\n", length=b"content-LENGTH:9\r\n"),
@@ -82,8 +82,8 @@ PLAIN = {
     "malformed lines": head(b"no header\r\n", b": b\r\n", b"X Y: z\r\n", b"Z: \0\r\n"),
 }
 OTHERS = {
-    "another status": head(status=b"HTTP/1.1 204 No Content\r\n"),
-    "a part": head(b"Content-Range: bytes 0-8/9\r\n", status=b"HTTP/1.1 206 Partial\r\n"),
+    "another protocol": head(status=b"HTTP/1.1 101 Switching\r\n"),
+    "a status of 600": head(status=b"HTTP/1.1 600 Other\r\n"),
     "an old version": head(status=b"HTTP/1.0 200 OK\r\n"),
     "a later version": head(status=b"HTTP/1.2 200 OK\r\n"),
     "two blanks": head(status=b"HTTP/1.1  200 OK\r\n"),
@@ -113,8 +113,6 @@ OTHERS = {
     "chunked with a length": head(b"Transfer-Encoding: chunked\r\n"),
     "chunked twice": head(b"Transfer-Encoding: chunked\r\n" * 2, length=b""),
     "another transfer coding": head(b"transfer-encoding: gzip, chunked\r\n", length=b""),
-    "cut off": head()[:-4],
-    "nothing": b"",
 }  # fmt: skip
 
 
@@ -131,6 +129,13 @@ def test_an_unusual_head_is_left_to_httpcore(name: str) -> None:
         without.delattr(httpcore, "HTTP11Connection")
         assert outcome(OTHERS[name] + BODY)[1][0] is AttributeError
     assert outcome(OTHERS[name] + BODY) == by_httpcore(OTHERS[name] + BODY)
+
+
+@pytest.mark.parametrize(
+    "response", [b"", head()[:-4], b"HTTP/1.1 100 Go\r\n\r\n" * 10_000], ids=["none", "cut", "many"]
+)
+def test_a_response_without_a_bounded_head_is_refused(response: bytes) -> None:
+    assert outcome(response)[1][0] in (httpcore.RemoteProtocolError, client.NotHttp)
 
 
 NAMES = st.sampled_from([b"Content-Length", b"content-length", b"Transfer-Encoding", b"Connection", b"X", b"\xe9", b""])
@@ -156,5 +161,5 @@ def test_fuzzed_heads_come_out_as_by_httpcore(given_head: bytes, changes: list[t
 
 
 def test_repr_of_a_response_shows_no_header() -> None:
-    redirect = transfer.Response(302, {"location": "https://cdn.example/?Signature=canary"}, False, Any, None)  # type: ignore[arg-type]
+    redirect = client.Response(302, {"location": "https://cdn.example/?Signature=canary"}, None, False, Any, None)  # type: ignore[arg-type]
     assert "canary" not in repr(redirect)
