@@ -10,7 +10,9 @@ import atexit
 import contextlib
 import http.client
 import os
+import pwd
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -186,6 +188,8 @@ class Seaweed:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
         self._remove_sockets()
+        if fault := self._foreign_file():
+            raise RuntimeError(fault)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         with os.fdopen(open_own(self._log_path, flags), "wb") as log:
             self.process = self._mortal.start(
@@ -240,6 +244,13 @@ class Seaweed:
                     with contextlib.suppress(PermissionError):  # another user's
                         leftover.unlink(missing_ok=True)
 
+    def _foreign_file(self) -> str | None:
+        """What to do about a file that this user may not write, at which SeaweedFS would end with a stack of Go."""
+        walked = os.walk(self.directory / "data")
+        below = (Path(folder, name) for folder, folders, files in walked for name in (*folders, *files))
+        paths = (self._log_path, self.directory / "data", *below)
+        return next((fault for path in paths if (fault := ownership_fault(path, self.directory))), None)
+
     @property
     def _log_path(self) -> Path:
         return self.directory / "seaweed.log"
@@ -269,6 +280,32 @@ class Seaweed:
             # Without a writable volume the first put would wait for one, or fail.
             and answers("GET", self._ports["master"], f"/dir/assign?collection={self.bucket}")
         )
+
+
+def ownership_fault(path: Path, folder: Path) -> str | None:
+    """A sentence if `path`, below `folder`, belongs to another user and this one may not write it. None otherwise.
+
+    A path that is not there, or cannot be seen, stands for the folder that it would be in.
+    """
+    while path.is_relative_to(folder):
+        with contextlib.suppress(OSError):
+            owner = path.stat().st_uid
+            break
+        path = path.parent
+    else:
+        return None
+    if owner == os.geteuid() or os.access(path, os.R_OK | os.W_OK | (os.X_OK if path.is_dir() else 0)):
+        return None
+    ours, theirs = _user(os.geteuid()), _user(owner)
+    command = f"chown -R {ours} {shlex.quote(str(folder))}"
+    return f"{path} belongs to {theirs}, and {ours} may not write it: run `{command}` as root, or start as {theirs}"
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # usual in a container
+        return str(number)
 
 
 def weed_binary() -> Path:

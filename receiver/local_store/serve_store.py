@@ -30,6 +30,7 @@ from receiver.local_store.seaweed import (
     PortTaken,
     Seaweed,
     answers,
+    ownership_fault,
     pair_is_free,
     pick_ports,
     weed_binary,
@@ -109,7 +110,9 @@ def _named(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreFailed(f"RECEIVER_STORE: {error.filename or directory}: {error.strerror}") from None
+        path = Path(error.filename or directory)
+        words = ownership_fault(path.absolute(), directory.absolute()) or f"{path}: {error.strerror}"
+        raise StoreFailed(f"RECEIVER_STORE: {words}") from None
 
 
 def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:

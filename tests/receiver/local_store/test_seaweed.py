@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -54,6 +55,66 @@ def test_nothing_listens_outside_loopback(seaweed: Seaweed) -> None:
     ports = listening(seaweed.process.pid)
     assert set(ports) == set(seaweed.ports)
     assert set(ports.values()) <= LOOPBACK
+
+
+def words_as(user: int, act: Callable[[], object]) -> str:
+    """What another user is told by `act`, which fails."""
+    reading, writing = os.pipe()
+    if not (child := os.fork()):
+        try:
+            os.setuid(user)
+            act()
+        except (RuntimeError, serve_store.StoreFailed) as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as words:
+        said = words.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    with TemporaryDirectory() as folder:  # other users cannot enter tmp_path
+        Path(folder).chmod(0o755)
+        yield Path(folder).resolve()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_another_users_file_is_named_with_the_command_that_gives_it_away(shared_folder: Path) -> None:
+    data = shared_folder / "s3" / "data"
+    data.mkdir(parents=True)
+    for folder in (data.parent, data):
+        os.chown(folder, 65_533, 65_533)
+    (data / "mini.options").write_text("")
+    said = words_as(65_533, Seaweed(data.parent, "pictures").start)
+    assert said.startswith(f"{data / 'mini.options'} belongs to root, and 65533 may not write it: ")
+    assert f"run `chown -R 65533 {data.parent}` as root, or start as root" in said
+    assert "\n" not in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize(("name", "named"), [("store.json", "store.json"), ("s3/data/x", "s3")])
+def test_another_users_file_of_the_store_is_named_with_the_command(shared_folder: Path, name: str, named: str) -> None:
+    os.chown(shared_folder, 65_533, 65_533)
+    file = shared_folder / name
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (shared_folder / "s3").mkdir(exist_ok=True)
+    (shared_folder / "s3").chmod(0o700)
+    file.touch(0o600)
+    settings = config.load(store=shared_folder, s3_bucket="pictures", database_url=f"sqlite:///{shared_folder}/a.db")
+
+    def run() -> None:
+        with serve_store.running(settings):
+            pass
+
+    said = words_as(65_533, run)
+    assert said.startswith(f"RECEIVER_STORE: {shared_folder / named} belongs to root, and 65533 may not write it: ")
+    assert f"run `chown -R 65533 {shared_folder}` as root" in said
 
 
 @pytest.mark.parametrize("end", [Seaweed.stop, Seaweed.kill])
