@@ -231,8 +231,8 @@ class DeliveryApplier:
             report, task, signed=signed, by_token=by_token, known=facts.assets.keys()
         )
         if believed or _is_known(facts, report, confirmed=confirmed):
-            moment = tasks.now(session)
-            reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
+            now = tasks.now(session)
+            reports.apply(session, task, report, self._schedule, facts, now=now, pushed=True, confirmed=confirmed)
             if task.step is not Step.READ:
                 decide_again(session, task)
             return Verdict(CallbackState.APPLIED)

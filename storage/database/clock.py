@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import BindParameter, DateTime, Dialect, Float, ScalarSelect, Text, bindparam, literal, select
+from sqlalchemy import DateTime, Dialect, Float, ScalarSelect, Text, bindparam, literal, select
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -44,10 +44,7 @@ class db_now(FunctionElement[datetime]):
 
     def __init__(self, seconds: float | str = 0) -> None:
         self.seconds = seconds
-        number: BindParameter[float] = (
-            bindparam(seconds, type_=Float) if isinstance(seconds, str) else literal(float(seconds))
-        )
-        super().__init__(number)
+        super().__init__(bindparam(seconds, type_=Float) if isinstance(seconds, str) else literal(float(seconds)))
 
 
 @compiles(db_now, "postgresql")

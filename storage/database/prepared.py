@@ -147,16 +147,17 @@ class KeptSession:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """Committed at the end of the block. After an error, also of the commit, the next one has a new session."""
+        """Committed at the end of the block, in which changes of row objects are flushed and the objects expunged.
+
+        After an error, also of the commit, the next one has a new session.
+        """
         session = self._begun()
         try:
             yield session
-            session.flush()
             session.info[CONNECTION][1].execute("COMMIT")
         except BaseException:
             self.close()
             raise
-        session.expunge_all()
 
     def close(self) -> None:
         """Roll back what is not committed, and return the connection to the pool."""

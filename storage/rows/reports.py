@@ -64,23 +64,25 @@ def apply(
     task: Task,
     report: Report,
     schedule: Schedule,
+    facts: TaskFacts | None = None,
     *,
     now: datetime,
     pushed: bool,
     confirmed: bool = True,
-) -> Decision:
+) -> None:
     """Apply one report to a locked task: its state, its assets, the events, and its next step. Idempotent.
 
-    `now`: the database's time. `pushed`: the report came as a callback, not as an answer to a read. `confirmed`: the
-    provider itself reported it, in an answer or a signed delivery. It then replaces what only an unsigned delivery
-    said, archived files too. An unconfirmed report replaces no confirmed link.
+    `facts`: those of the task now, if they were read already. `now`: the database's time. `pushed`: the report came as
+    a callback, not as an answer to a read. `confirmed`: the provider itself reported it, in an answer or a signed
+    delivery. It then replaces what only an unsigned delivery said, archived files too. An unconfirmed report replaces
+    no confirmed link.
     """
     if task.deleted_at is not None:
         reschedule(session, task, schedule)
-        return Decision(task.state, task.archive)
+        return
+    facts = facts or tasks.facts_now(session, task)
     if task.series is None:
         task.series = report.series
-    facts = tasks.facts_now(session, task)
     if pushed:
         note_called_back(task, report, now)
         task.polls = 0
@@ -103,7 +105,6 @@ def apply(
     is_asked = task.step is Step.READ and facts.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
-    return decision
 
 
 def contradict(session: Session, task: Task, decision_state: TaskState, reported: Any, **facts: Any) -> bool:
@@ -197,11 +198,9 @@ def _write_links(
     for name, url in decision.add.items():
         values = {
             **_BLANK,
+            **vars(name),
             "id": tasks.asset_id(task.id, name),
             "task_id": task.id,
-            "kind": name.kind,
-            "index": name.index,
-            "original": name.original,
             "source_url": url,
             "files_expire_at": _files_expire_at(url, report, schedule, now),
             "created_at": now,
@@ -212,14 +211,10 @@ def _write_links(
     ((task.files_expire_at,),) = execute(session, _FIRST_EXPIRY, {"of": task.id}).rows
 
 
-def _is(task: Task, name: AssetName) -> tuple[ColumnElement[bool], ...]:
+def _is(task: Task, name: AssetName) -> list[ColumnElement[bool]]:
     """The condition of one file of the task."""
-    return (
-        col(Asset.task_id) == task.id,
-        col(Asset.kind) == name.kind,
-        col(Asset.index) == name.index,
-        col(Asset.original) == name.original,
-    )
+    columns = Asset.__table__.c  # type: ignore[attr-defined]
+    return [columns[each] == value for each, value in {"task_id": task.id, **vars(name)}.items()]
 
 
 _NEW_ASSET = insert(Asset.__table__)  # type: ignore[attr-defined]

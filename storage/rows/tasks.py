@@ -140,10 +140,11 @@ def facts(task: Task, assets: Iterable[Any]) -> TaskFacts:
         name_of(asset): AssetFacts(asset.state, asset.source_url, asset.unusable_tries, asset.unconfirmed)
         for asset in assets
     }
-    return TaskFacts(**{name: getattr(task, name) for name in _OF_TASK}, assets=found)
+    return TaskFacts(
+        task.state, task.archive, task.series, task.expected, task.contradicted, task.completeness_reads, found
+    )
 
 
-_OF_TASK = ("state", "archive", "series", "expected", "contradicted", "completeness_reads")
 _ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
 _OF_ASSET = ("kind", "index", "original", "state", "source_url", "unusable_tries", "unconfirmed")
 _ASSET_FACTS = sqlalchemy.select(*(_ASSETS[name] for name in _OF_ASSET)).where(_ASSETS.task_id == bindparam("of"))
@@ -164,8 +165,7 @@ _NOW = sqlalchemy.select(db_now())
 
 def now(session: Session) -> datetime:
     """The database's time."""
-    ((moment,),) = execute(session, _NOW).rows
-    return cast(datetime, moment)
+    return cast(datetime, execute(session, _NOW).rows[0][0])
 
 
 def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None = None) -> list[Task]:
