@@ -224,6 +224,27 @@ class Database:
             self.woken.set()
 
     @contextmanager
+    def write_schema(self) -> Iterator[Session]:
+        """`write` for a change of the schema. On SQLite foreign keys are off: dropping a table that is rebuilt would
+        delete the rows that reference it. Inside a transaction they cannot be switched off.
+        """
+        if not self.is_sqlite:
+            with self.write() as session:
+                yield session
+            return
+        with self._unavailable(), self.turnstile, self._autocommit_writer.connect() as connection:
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
+            try:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                with Session(connection, expire_on_commit=False) as session:
+                    yield session
+                    session.flush()
+                connection.commit()
+            finally:
+                connection.rollback()
+                connection.exec_driver_sql("PRAGMA foreign_keys=ON")
+
+    @contextmanager
     def group_write(self) -> Iterator[Session]:
         """`write` for the group writer: its session is kept, and does not wait long for a row."""
         with self._unavailable(), self.turnstile, self._group_session.transaction() as session:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import DBAPIError
 
 from storage.database.sessions import Database
 from storage.errors import UserError
@@ -19,6 +20,9 @@ ADVISORY_LOCK = 7_236_101
 FOLDER = Path(__file__).parent
 # `initdb` and `pg_createcluster` take SQL_ASCII with the locale C or POSIX.
 MAKE_UTF8 = "make one that holds every text: createdb -T template0 -E UTF8 NAME"
+# In messages of SQLite and of PostgreSQL.
+IN_THE_WAY = ("already exists", "there is already", "other objects depend on it")
+UNCHANGED = "the schema was not changed"
 IF_NEWER = "run a receiver of the version that made it"
 
 
@@ -53,7 +57,8 @@ def wrong_encoding(database: Database) -> str | None:
 def upgrade(database: Database, revision: str = "head") -> None:
     """Bring the schema up to date in one transaction, under a lock: any number of processes may call it at once.
 
-    Raises `UserError` for a new schema in a database whose encoding does not hold every text.
+    Raises `UserError` for a new schema in a database whose encoding does not hold every text, and for an operator's own
+    table or index that is in the way.
     """
     if revision == "head" and current(database) == head():
         return
@@ -62,11 +67,19 @@ def upgrade(database: Database, revision: str = "head") -> None:
     from alembic import command
     from alembic.config import Config
 
-    with database.write() as session:
-        if not database.is_sqlite:
-            session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
-        config = Config()
-        config.set_main_option("script_location", str(FOLDER))
-        config.set_main_option("path_separator", "os")
-        config.attributes["connection"] = session.connection()
-        command.upgrade(config, revision)
+    try:
+        with database.write_schema() as session:
+            if not database.is_sqlite:
+                session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
+            config = Config()
+            config.set_main_option("script_location", str(FOLDER))
+            config.set_main_option("path_separator", "os")
+            config.attributes["connection"] = session.connection()
+            command.upgrade(config, revision)
+    except DBAPIError as error:
+        first, *more = str(error.orig).splitlines()
+        if not any(each in first for each in IN_THE_WAY):
+            raise
+        words = " ".join([first, *(line for line in more if line.startswith("DETAIL"))])
+        raise UserError(f"{UNCHANGED}, because something that is not the receiver's is in the way: {words}; "
+                        "remove it, or give it another name, and run `receiver migrate`") from error  # fmt: skip

@@ -20,7 +20,7 @@ from sqlalchemy import inspect, text
 from sqlmodel import SQLModel, select
 
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, UserError
 from storage.rows import deliveries, migrations
 from storage.rows.deliveries import Delivery
 from storage.rows.models import Callback, Task, TaskAlias
@@ -179,6 +179,47 @@ def test_deliveries_of_earlier_releases_stay_and_are_known(empty: Database) -> N
         assert deliveries.store(session, named) == set()
         assert deliveries.store(session, [replace(named[0], body=b"[]")])
         assert session.scalars(select(Callback.id).order_by(Callback.id)).all()[-1] > before[-1].id
+
+
+@pytest.fixture
+def referenced(empty: Database) -> Database:
+    """The schema before step 0016, and a table of an operator whose one row references a delivery."""
+    migrations.upgrade(empty, "0015")
+    with empty.write() as session:
+        row = Callback(delivery_key="k", provider="kling", source="push", body=b"{}", headers={}, received_at=LONG_AGO)
+        session.add(row)
+        session.flush()
+        session.execute(text("CREATE TABLE note (of bigint REFERENCES callback (id) ON DELETE CASCADE)"))
+        session.execute(text("INSERT INTO note VALUES (:id)"), {"id": row.id})
+    return empty
+
+
+def test_rows_of_an_operator_that_reference_a_delivery_stay(referenced: Database) -> None:
+    migrations.upgrade(referenced)
+    with referenced.write() as session:
+        assert session.execute(text("SELECT count(*) FROM note")).scalar_one() == 1
+        session.execute(text("DELETE FROM callback"))
+        assert session.execute(text("SELECT count(*) FROM note")).scalar_one() == 0  # keys are in force again
+
+
+def test_something_of_an_operator_that_is_in_the_way_is_named_and_nothing_is_changed(referenced: Database) -> None:
+    with referenced.write() as session:
+        session.execute(text("CREATE INDEX callback_delivery ON callback (state)"))
+    with pytest.raises(UserError, match=r"schema was not changed.*callback_delivery.* already exists; remove it, or"):
+        migrations.upgrade(referenced)
+    assert migrations.current(referenced) == "0015"
+    with referenced.write() as session:
+        assert session.execute(text("SELECT count(*) FROM note")).scalar_one() == 1
+        session.execute(text("DROP INDEX callback_delivery"))
+    migrations.upgrade(referenced)
+
+
+def test_reference_to_the_key_of_a_delivery_is_refused_before_anything_changes(referenced: Database) -> None:
+    with referenced.write() as session:
+        session.execute(text("CREATE TABLE by_key (of text REFERENCES callback (delivery_key))"))
+    with pytest.raises(UserError, match=r"schema was not changed.*by_key"):
+        migrations.upgrade(referenced)
+    assert migrations.current(referenced) == "0015"
 
 
 def test_a_schema_of_a_later_release_is_refused_and_left_alone(database: Database) -> None:
