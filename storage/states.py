@@ -216,13 +216,11 @@ def decide(task: TaskFacts, report: Report, *, confirmed: bool = True) -> Decisi
     contradiction = {task.state, report.status} == TERMINAL and not task.contradicted
     if report.status is not TaskState.SUCCEEDED:
         return Decision(state, task.archive, contradiction)
-    named = assets_in(report, task.series)
-    new = [name for name in named if name not in task.assets]
+    known, named = task.assets, assets_in(report, task.series)
+    new = [name for name in named if name not in known]
     most = MAX_FILES if task.expected is None else min(2 * max(task.expected, 1), MAX_FILES)
-    add = {name: named[name] for name in new[: max(most - len(task.assets), 0)]}
-    replace = {
-        name: url for name, url in named.items() if name in task.assets and _takes(task.assets[name], url, confirmed)
-    }
+    add = {name: named[name] for name in new[: max(most - len(known), 0)]}
+    replace = {name: url for name, url in named.items() if name in known and _takes(known[name], url, confirmed)}
     archive = ArchiveState.ARCHIVING if add or task.archive is ArchiveState.NONE else task.archive
     return Decision(state, archive, contradiction, add, replace)
 

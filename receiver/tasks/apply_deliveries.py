@@ -61,7 +61,7 @@ class Confirmation:
     trusted_hosts: tuple[str, ...] = ()
 
     def is_believed(
-        self, report: Report, task: Task, *, signed: bool, by_token: bool, known: Collection[AssetName] = ()
+        self, report: Report, task: Task, known: Collection[AssetName] = (), *, signed: bool, by_token: bool
     ) -> bool:
         """Whether a report is applied as it is, or its task is read first. `known`: the task's files so far.
 
@@ -225,12 +225,9 @@ class DeliveryApplier:
             return self._request_read(session, task, report, f"{UNKNOWN} {report.raw_status!r}")
         if report.external_task_id not in (None, task.external_task_id):
             return self._request_read(session, task, report, "the body's external_task_id is written otherwise")
-        if report.status not in states.TERMINAL and _is_refused(task) and not confirmed:  # it may have arrived
-            return self._request_read(session, task, report, AWAITS_READ)
-        believed = self._confirmation.is_believed(
-            report, task, signed=signed, by_token=by_token, known=facts.assets.keys()
-        )
-        if believed or _is_known(facts, report, confirmed=confirmed):
+        may_have_arrived = report.status not in states.TERMINAL and _is_refused(task) and not confirmed
+        believed = self._confirmation.is_believed(report, task, facts.assets, signed=signed, by_token=by_token)
+        if not may_have_arrived and (believed or _is_known(facts, report, confirmed=confirmed)):
             now = tasks.now(session)
             reports.apply(session, task, report, self._schedule, facts, now=now, pushed=True, confirmed=confirmed)
             if task.step is not Step.READ:

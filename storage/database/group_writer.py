@@ -55,7 +55,7 @@ class _Write:
 
     def begins(self) -> bool:
         """False: its caller has given up. A caller whose operation has begun waits for the outcome."""
-        return self.durable.running() or self.durable.set_running_or_notify_cancel()
+        return self.durable.running() or (not self.durable.done() and self.durable.set_running_or_notify_cancel())
 
 
 log = structlog.get_logger()
@@ -162,22 +162,19 @@ class GroupWriter:
     def _commit(self, group: list[_Write]) -> None:
         """Apply and commit them, without those that fail; answer each."""
         has_new_session, at_end = False, self._at_end
-        while group:
+        while group := [write for write in group if not write.durable.done()]:
             done, at_fault, tell = dict[_Write, Any](), group, None
             try:
                 with self._transaction() as session:
                     end = time.monotonic() + MAX_GROUP_SECONDS
-                    for write in group.copy():
-                        if done and time.monotonic() > end:
-                            break
-                        if not write.begins():
-                            group.remove(write)
-                            continue
+                    for write in filter(_Write.begins, group):
                         at_fault = [write]
                         done[write] = write.operation(session)
                         if session.identity_map or session.new:
                             session.flush()
                             session.expunge_all()  # no operation sees the objects of another
+                        if time.monotonic() > end:
+                            break
                     at_fault = []
                     tell = at_end(session)
                     at_fault = group
@@ -185,15 +182,12 @@ class GroupWriter:
                 _call(tell, is_committed=False)
                 if isinstance(error, SessionReplaced) and not has_new_session:
                     has_new_session = True
-                elif failed := _failed(error, group, at_fault):
-                    group = [write for write in group if write not in failed]
-                else:
+                elif not _fail(error, group, at_fault):
                     self._log_fault(error)
                     at_end = _nothing
             else:
                 for write, result in done.items():
                     write.durable.set_result(result)
-                group = [write for write in group if write not in done]
                 _call(tell, is_committed=True)
 
     def _log_fault(self, error: BaseException) -> None:
@@ -203,14 +197,14 @@ class GroupWriter:
             log.error("worker.step_failed", job="group_end", exc_info=error)
 
 
-def _failed(error: BaseException, group: list[_Write], at_fault: list[_Write]) -> list[_Write]:
-    """Tell the callers of the operations that this error ends. Returns these operations."""
+def _fail(error: BaseException, group: list[_Write], at_fault: list[_Write]) -> bool:
+    """Tell the callers of the operations that this error ends. Returns whether there are any."""
     waits = _is_about_a_lock(error)
     failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
     for write in failed:
         if write.begins():
             write.durable.set_exception(_Waits() if waits else error)
-    return failed
+    return bool(failed)
 
 
 def _call(tell: Callable[[bool], None] | None, *, is_committed: bool) -> None:

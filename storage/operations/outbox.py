@@ -115,8 +115,6 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
         return 0
     so_far = max(found[0].value, found[0].highest or 0)
     numbered = sorted(execute(session, _NUMBERED, {"so_far": so_far, "most": limit}).rows)
-    if not numbered:
-        return 0
     execute(session, _COUNTED, {"until": so_far + len(numbered)})
     _fan_out(session, numbered, subscriptions)
     database.wake(session)

@@ -211,6 +211,20 @@ def test_a_write_that_is_given_up_while_its_transaction_cannot_begin_is_never_ap
     assert states(database, assets) == [AssetState.DUE, AssetState.ARCHIVED]
 
 
+def test_an_outage_reaches_the_others_of_a_group_in_which_a_write_was_given_up(database: Database) -> None:
+    given_up, other = (group_writer._Write(lambda _: None, None) for _ in range(2))
+
+    @contextmanager
+    def interrupted() -> Iterator[Session]:
+        with database.write() as session:
+            given_up.durable.cancel()
+            yield session
+            raise DatabaseUnavailable("away")
+
+    group_writer.GroupWriter(interrupted, interrupted, lambda: None, lambda _: None)._commit([given_up, other])
+    assert str(other.durable.exception(SECONDS)) == "away"
+
+
 def test_a_caller_whose_write_has_begun_waits_for_its_outcome(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
