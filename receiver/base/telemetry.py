@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import select
+import stat
 import sys
 import threading
 from collections import deque
@@ -202,6 +203,7 @@ class LogStream:
         self._is_torn = False  # whether the last line was cut, by a full disk
         try:
             self._descriptor: int | None = stream.fileno()
+            self._is_pipe = stat.S_ISFIFO(os.fstat(self._descriptor).st_mode)
         except OSError:  # it is in memory
             self._descriptor = None
         self.begin_in_child()
@@ -219,9 +221,7 @@ class LogStream:
         try:
             if self._descriptor is None:
                 self._stream.write(text)
-            elif self._takes(line := text.encode(self._stream.encoding or "utf-8", "backslashreplace")):
-                self._put(line)
-            else:
+            elif not self._writes_at_once(line := text.encode(self._stream.encoding or "utf-8", "backslashreplace")):
                 self._hand_over(line)
                 return
         except (OSError, ValueError, RuntimeError):  # ValueError: it was closed. RuntimeError: no thread can be started
@@ -237,15 +237,26 @@ class LogStream:
         with self._change:
             self._change.wait_for(lambda: not self._waiting, self.END_SECONDS)
 
-    def _takes(self, line: bytes) -> bool:
-        """Whether a write would not block. A pipe that is ready takes PIPE_BUF bytes, unless another process that
-        shares it writes at this very moment. So the event loop writes nothing itself.
-        """
+    def _writes_at_once(self, line: bytes) -> bool:
+        """Write the line if that does not block. The event loop leaves each write to the thread: a disk may be slow."""
         if self._waiting or len(line) > select.PIPE_BUF or _is_event_loop():
             return False
+        descriptor = self._descriptor or 0
+        if self._is_pipe:  # a look is not enough: another process that shares it may take the room meanwhile
+            try:
+                os.pwritev(descriptor, [line], -1, os.RWF_NOWAIT)  # a pipe takes all of a line this long, or nothing
+            except BlockingIOError:
+                return False
+            except OSError:  # its reader is gone, or an older kernel cannot
+                self._is_pipe = False
+            else:
+                return True
         ready = select.poll()
-        ready.register(self._descriptor or 0, select.POLLOUT)
-        return bool(ready.poll(0))
+        ready.register(descriptor, select.POLLOUT)
+        if not ready.poll(0):
+            return False
+        self._put(line)
+        return True
 
     def _put(self, line: bytes) -> None:
         rest = b"\n" * self._is_torn + line
@@ -259,8 +270,9 @@ class LogStream:
                 self.dropped += 1
                 return
             if self._writer is None:
-                self._writer = threading.Thread(target=self._write_waiting, name="log", daemon=True)
-                self._writer.start()
+                writer = threading.Thread(target=self._write_waiting, name="log", daemon=True)
+                writer.start()
+                self._writer = writer  # started: another line tries again
             self._waiting.append((line, self.dropped))
             self._bytes += len(line)
             self.dropped = 0

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 import pytest
@@ -70,19 +71,58 @@ def test_lines_beyond_the_room_in_memory_are_dropped_and_counted(
     assert (log.dropped, lines_in(pipe[0], 1)) == (0, ["after"])
 
 
-def test_event_loop_writes_no_line_itself(pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process may take the room in the pipe between the look and the write."""
+def test_lines_are_written_once_the_system_has_a_thread_again(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    log = LogStream(pipe[1])
+    fill(pipe[1])
+    with monkeypatch.context() as limit:
+        limit.setattr(threading.Thread, "start", refuse)
+        log.write("lost\n")
+    assert log.dropped == 1
+    log.write("after\n")
+    assert (log.dropped, lines_in(pipe[0], 1)) == (0, ["after"])
+
+
+def test_event_loop_writes_no_line_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk behind it may be slow."""
     writers, write = [], os.write
     monkeypatch.setattr(os, "write", lambda *told: writers.append(threading.current_thread().name) or write(*told))
-    log = LogStream(pipe[1])
 
     async def log_a_line() -> None:
         log.write("line\n")
 
-    log.write("line\n")
-    asyncio.run(log_a_line())
-    log.drain()
+    with open(tmp_path / "log", "w", encoding="ascii") as file:
+        log = LogStream(file)
+        log.write("line\n")
+        asyncio.run(log_a_line())
+        log.drain()
     assert [name for name in writers if name in ("MainThread", "log")] == ["MainThread", "log"]
+
+
+def test_line_does_not_wait_for_room_that_another_process_took(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Look:
+        """Finds the room that was there a moment ago."""
+
+        def register(self, *_: int) -> None: ...
+
+        def poll(self, _: float) -> list[int]:
+            return [pipe[1].fileno()]
+
+    log = LogStream(pipe[1])
+    fill(pipe[1])
+    with monkeypatch.context() as before:
+        before.setattr(select, "poll", Look)
+        writer = threading.Thread(target=log.write, args=("line\n",))
+        writer.start()
+        writer.join(5)
+    was_waiting = writer.is_alive()
+    assert (lines_in(pipe[0], 1), was_waiting) == (["line"], False)
 
 
 def test_long_line_is_whole(pipe: tuple[int, TextIO]) -> None:
@@ -131,23 +171,23 @@ def test_forked_child_does_not_write_its_parents_lines(pipe: tuple[int, TextIO])
     assert (sorted(found), select.select([pipe[0]], [], [], 0)[0]) == (["child", "parent"], [])
 
 
-def test_line_after_a_cut_one_begins_a_line_of_its_own(
-    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log, write, room = LogStream(pipe[1]), os.write, [3, 0]
+def test_line_after_a_cut_one_begins_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, room = os.write, [3, 0]
 
     def fills_the_disk(descriptor: int, data: bytes) -> int:
-        if descriptor != pipe[1].fileno() or not room:
+        if descriptor != file.fileno() or not room:
             return write(descriptor, data)
         if not (left := room.pop(0)):
             raise OSError(errno.ENOSPC, "no space")
         return write(descriptor, data[:left])
 
     monkeypatch.setattr(os, "write", fills_the_disk)
-    log.write("before\n")
-    assert log.dropped == 1
-    log.write("after\n")
-    assert lines_in(pipe[0], 2) == ["bef", "after"]
+    with open(tmp_path / "log", "w", encoding="ascii") as file:
+        log = LogStream(file)
+        log.write("before\n")
+        assert log.dropped == 1
+        log.write("after\n")
+    assert (tmp_path / "log").read_text() == "bef\nafter\n"
 
 
 def test_reader_that_is_gone_raises_nothing(pipe: tuple[int, TextIO]) -> None:
