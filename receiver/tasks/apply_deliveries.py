@@ -22,7 +22,7 @@ from storage.errors import LostClaim, ReportUnreadable
 from storage.rows import aliases, claims, reports, tasks
 from storage.rows.deliveries import AWAITS_READ, NOT_BELIEVED, compare_again
 from storage.rows.events import EventName, record
-from storage.rows.models import Callback, Task
+from storage.rows.models import Callback, TaskColumns
 from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetName, CallbackState, Report, Step, TaskFacts, TaskState
 
@@ -61,7 +61,7 @@ class Confirmation:
     trusted_hosts: tuple[str, ...] = ()
 
     def is_believed(
-        self, report: Report, task: Task, known: Collection[AssetName] = (), *, signed: bool, by_token: bool
+        self, report: Report, task: TaskColumns, known: Collection[AssetName] = (), *, signed: bool, by_token: bool
     ) -> bool:
         """Whether a report is applied as it is, or its task is read first. `known`: the task's files so far.
 
@@ -197,7 +197,7 @@ class DeliveryApplier:
             tasks.save(session, task)
         return Verdict(CallbackState.UNREADABLE, reason)
 
-    def _read_now(self, session: Session, task: Task, *, is_counted: bool = True) -> bool:
+    def _read_now(self, session: Session, task: TaskColumns, *, is_counted: bool = True) -> bool:
         """Make the locked task due for a read. False: deliveries have caused enough reads of it."""
         if reports.waits_for(session, task, states.READ_NOW):
             return True
@@ -207,7 +207,7 @@ class DeliveryApplier:
         reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
-    def _apply_or_request_read(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
+    def _apply_or_request_read(self, session: Session, row: Callback, task: TaskColumns, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         if task.deleted_at is not None:  # It waits for nothing, not even for a read.
@@ -235,13 +235,13 @@ class DeliveryApplier:
             return Verdict(CallbackState.APPLIED)
         return self._request_read(session, task, report, AWAITS_READ)
 
-    def _decided(self, task: Task, row: Callback, report: Report, reason: str) -> Verdict:
+    def _decided(self, task: TaskColumns, row: Callback, report: Report, reason: str) -> Verdict:
         """One at the account's URL counts as the task's callback, since it arrived, once it is known to be true."""
         if row.task_id is None and reason in (BY_READ, KNOWN):
             reports.note_called_back(task, report, row.received_at)
         return Verdict(CallbackState.APPLIED, reason)
 
-    def _read_if_new(self, session: Session, task: Task, facts: TaskFacts, report: Report) -> str:
+    def _read_if_new(self, session: Session, task: TaskColumns, facts: TaskFacts, report: Report) -> str:
         """Read the task if an unsigned delivery at the account's URL says something new of it. Returns the reason.
 
         Anyone may know that URL, so nothing else of the task changes. While another file of it comes from an unsigned
@@ -261,7 +261,7 @@ class DeliveryApplier:
         return AWAITS_READ
 
     def _request_read_for_files(
-        self, session: Session, task: Task, facts: TaskFacts, report: Report, other: Collection[AssetName]
+        self, session: Session, task: TaskColumns, facts: TaskFacts, report: Report, other: Collection[AssetName]
     ) -> Verdict:
         """Read the task when an unsigned report names other files than the known ones, unless a read named those.
 
@@ -280,7 +280,7 @@ class DeliveryApplier:
             reports.reschedule(session, task, self._schedule, read_later=True)
         return Verdict(CallbackState.APPLIED, task.note)
 
-    def _request_read(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
+    def _request_read(self, session: Session, task: TaskColumns, report: Report, reason: str) -> Verdict:
         reports.note_called_back(task, report, tasks.now(session))
         is_over = report.status is None and task.state in states.TERMINAL
         if not is_over and not self._read_now(session, task):
@@ -290,13 +290,13 @@ class DeliveryApplier:
         return Verdict(CallbackState.APPLIED, reason)
 
 
-def decide_again(session: Session, task: Task) -> None:
+def decide_again(session: Session, task: TaskColumns) -> None:
     """Make the deliveries due that await a read of the locked task, because another report came in its place."""
     if task.callback_reads:  # The usual task needs no statement.
         compare_again(session, task, was_read=False)
 
 
-def _was_unknown(session: Session, task: Task) -> bool:
+def _was_unknown(session: Session, task: TaskColumns) -> bool:
     """Whether a settled delivery of the task had an unknown status. A sender that knows no other status repeats it."""
     known_unknowns = select(Callback.id).where(Callback.task_id == task.id, col(Callback.reason).startswith(UNKNOWN))
     return session.exec(known_unknowns.limit(1)).first() is not None
@@ -311,7 +311,7 @@ def find(
     return aliases.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
 
 
-def _is_refused(task: Task) -> bool:
+def _is_refused(task: TaskColumns) -> bool:
     """Whether the task failed and the provider has named no id of it, most often because its create was refused."""
     return task.state is TaskState.FAILED and task.provider_task_id is None
 

@@ -41,7 +41,7 @@ from storage.fetch.client import Fetched, Fetcher
 from storage.keys import object_key
 from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName, file_facts, record
-from storage.rows.models import Asset, Task
+from storage.rows.models import Asset, Task, TaskColumns
 from storage.spool import memory_of, spool
 from storage.states import ArchiveState, AssetState, Step
 
@@ -302,14 +302,14 @@ class Archiver:
             return
         log.warning("asset.link_expired", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
 
-    def _lock_task(self, session: Session, asset: Asset) -> Task:
+    def _lock_task(self, session: Session, asset: Asset) -> TaskColumns:
         """Lock the task row before its assets, so that exactly one settle sees that its asset was the last."""
         task = tasks.lock_unattached(session, asset.task_id)
         if task is None:
             raise LostClaim(f"task {asset.task_id} no longer exists")
         return task
 
-    def _look_at_task(self, session: Session, task: Task) -> None:
+    def _look_at_task(self, session: Session, task: TaskColumns) -> None:
         """Make the finish due if this was the last asset. A finish under way started from older rows. A read under way,
         or one that another asset's dead URL requested, is not changed: it checks the finish itself.
         """

@@ -11,7 +11,7 @@ from sqlmodel import Session
 from storage.database.prepared import execute
 from storage.database.sessions import INSERTS
 from storage.rows.deliveries import rematch
-from storage.rows.models import Task, TaskAlias
+from storage.rows.models import TaskAlias, TaskColumns
 
 _ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
 _OWNER = sqlalchemy.select(_ALIASES.task_id)
@@ -46,7 +46,7 @@ _NEW_ALIAS = {
 }
 
 
-def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
+def note_alias(session: Session, task: TaskColumns, provider_task_id: str) -> None:
     """Store an id that the provider uses for the task. An id of another task stays with that task.
 
     Unmatched deliveries under a new id become due.

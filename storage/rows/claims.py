@@ -40,7 +40,7 @@ from storage.database.clock import UtcTime, db_now, db_now_once
 from storage.database.prepared import execute, unattached
 from storage.database.sessions import run
 from storage.errors import LostClaim
-from storage.rows.models import Asset, Callback, Dispatch, Task
+from storage.rows.models import Asset, Callback, Dispatch, Task, TaskColumns
 
 Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 
@@ -208,11 +208,11 @@ def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = T
 
 def update_claimed(session: Session, row: Row, **values: Any) -> None:
     """Write `values` and keep the claim. Raises `LostClaim` when the lease is no longer ours."""
-    if not write(session, row, values, "id", "lease"):  # no row has a lease equal to NULL
+    if not write(session, type(row), row, values, "id", "lease"):  # no row has a lease equal to NULL
         raise LostClaim(f"another worker owns {type(row).__tablename__} {row.id}")
 
 
-def write(session: Session, row: Row, values: Mapping[str, Any], *unchanged: str) -> bool:
+def write(session: Session, model: type[Row], row: Any, values: Mapping[str, Any], *unchanged: str) -> bool:
     """Write `values` if the row's `unchanged` columns still are as in `row`. Returns whether they are.
 
     A value is no SQL expression, except for the database's time.
@@ -221,7 +221,7 @@ def write(session: Session, row: Row, values: Mapping[str, Any], *unchanged: str
     times = tuple([name for name, value in values.items() if isinstance(value, db_now)])
     bound = {**values, **{name: values[name].seconds for name in times}}
     bound |= {f"old_{name}": getattr(row, name) for name in unchanged}
-    return execute(session, _update(type(row), tuple(values), times, unchanged), bound).changed > 0
+    return execute(session, _update(model, tuple(values), times, unchanged), bound).changed > 0
 
 
 def is_held(row: Row, seconds: float) -> ColumnElement[bool]:
@@ -279,7 +279,7 @@ def take(row: Task, now: datetime, lease_seconds: float) -> None:
     row.due_at = now + timedelta(seconds=lease_seconds)
 
 
-def hasten(row: Task) -> None:
+def hasten(row: TaskColumns) -> None:
     """Make a locked and unclaimed row due now."""
     row.due_at = db_now()  # type: ignore[assignment]
 
@@ -294,7 +294,7 @@ def hasten_far(session: Session, model: type[Row], ids: Any, lease_seconds: floa
     return run(session, update(table).where(table.c.id.in_(ids)).values(due_at=due_at)).rowcount
 
 
-def make_due(row: Row, in_seconds: float | None = 0) -> None:
+def make_due(row: Row | TaskColumns, in_seconds: float | None = 0) -> None:
     """Make a locked row due like a new one, or with None not due. A worker that holds it loses its lease."""
     row.due_at = None if in_seconds is None else db_now(in_seconds)  # type: ignore[assignment]
     row.lease = None

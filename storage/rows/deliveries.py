@@ -22,7 +22,7 @@ from storage.database.prepared import execute
 from storage.database.sessions import WAKE_CHANNEL, Database, run
 from storage.rows import claims
 from storage.rows.claims import PARK_LOSSES
-from storage.rows.models import Callback, Task
+from storage.rows.models import Callback, TaskColumns
 from storage.states import CallbackState
 
 # Rows of one statement. A larger batch gains nothing more from the shared fsync and delays its first delivery.
@@ -229,7 +229,7 @@ _AWAITING_AT = (  # one index each
 )
 
 
-def compare_again(session: Session, task: Task, *, was_read: bool = True) -> None:
+def compare_again(session: Session, task: TaskColumns, *, was_read: bool = True) -> None:
     """Make the deliveries due that await a read of the task, at its own URL and the account's.
 
     They are compared with the task, which a read has just changed, and cause no other read. Without a read they lose

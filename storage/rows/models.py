@@ -46,23 +46,11 @@ LINE = "coalesce(CAST({0}batch_id AS TEXT), '') || ' ' || coalesce({0}model, '')
 LINE_ORDER = ("created_at", "batch_line", "id")
 
 
-class Task(Claimable, table=True):
-    """One request to a provider. Only applying a report changes `state` and `archive`, under this row's lock."""
+class TaskColumns(Claimable):
+    """One request to a provider. Only applying a report changes `state` and `archive`, under this row's lock.
 
-    __tablename__: ClassVar[str] = "task"
-    __table_args__ = (
-        *due_indexes("task", lane="step", expires=True),
-        partial_index("task_deadline", "archive = 'archiving'", "files_expire_at"),
-        Index("task_newest", "created_at", "id"),
-        Index("task_completed", "completed_at"),
-        Index("task_manifest_key", "manifest_key"),
-        Index("task_batch", "batch_id"),
-        partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
-        partial_index("task_parked", PARKED, "created_at", "id"),
-        partial_index("task_failed", "state = 'failed'", "created_at", "id"),
-        partial_index("task_incomplete", "archive = 'incomplete'", "created_at", "id"),
-        partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
-    )
+    Such a row belongs to no session and nothing tracks it: `tasks.save` writes its changes.
+    """
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
     external_task_id: str = Field(sa_type=Text, unique=True)
@@ -112,6 +100,25 @@ class Task(Claimable, table=True):
     model: str | None = text_column()  # the provider's name of the model; a paused model holds back only its own tasks
     # reads that unconfirmed deliveries caused; bounded, because anyone with the callback URL can send them
     callback_reads: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+
+
+class Task(TaskColumns, table=True):
+    """The table of tasks, and a row that SQLAlchemy tracks."""
+
+    __tablename__: ClassVar[str] = "task"
+    __table_args__ = (
+        *due_indexes("task", lane="step", expires=True),
+        partial_index("task_deadline", "archive = 'archiving'", "files_expire_at"),
+        Index("task_newest", "created_at", "id"),
+        Index("task_completed", "completed_at"),
+        Index("task_manifest_key", "manifest_key"),
+        Index("task_batch", "batch_id"),
+        partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
+        partial_index("task_parked", PARKED, "created_at", "id"),
+        partial_index("task_failed", "state = 'failed'", "created_at", "id"),
+        partial_index("task_incomplete", "archive = 'incomplete'", "created_at", "id"),
+        partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
+    )
 
 
 class TaskAlias(Row, table=True):

@@ -17,7 +17,7 @@ from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.rows import aliases, claims, tasks
 from storage.rows.events import EventName, record
-from storage.rows.models import Asset, Task
+from storage.rows.models import Asset, TaskColumns
 from storage.states import (
     AssetName,
     AssetState,
@@ -61,7 +61,7 @@ class Schedule:
 # Longer than usual, so that the order of what one report does stands in one place.
 def apply(
     session: Session,
-    task: Task,
+    task: TaskColumns,
     report: Report,
     schedule: Schedule,
     facts: TaskFacts | None = None,
@@ -107,7 +107,7 @@ def apply(
         reschedule(session, task, schedule, read_now=decision.contradicted)
 
 
-def contradict(session: Session, task: Task, decision_state: TaskState, reported: Any, **facts: Any) -> bool:
+def contradict(session: Session, task: TaskColumns, decision_state: TaskState, reported: Any, **facts: Any) -> bool:
     """Flag the locked task as contradicted and record the event, once. Returns whether it is new."""
     if task.contradicted:
         return False
@@ -121,7 +121,7 @@ def other_words(names: Iterable[AssetName]) -> str:
     return ", ".join(f"{name.kind} {name.index}" for name in sorted(names)[:MAX_NAMED])
 
 
-def _confirm_assets(session: Session, task: Task, facts: TaskFacts, report: Report) -> None:
+def _confirm_assets(session: Session, task: TaskColumns, facts: TaskFacts, report: Report) -> None:
     """Files that only an unsigned delivery named are confirmed by the provider's report, or replaced by it."""
     if report.status is not TaskState.SUCCEEDED:
         return
@@ -138,7 +138,7 @@ def _confirm_assets(session: Session, task: Task, facts: TaskFacts, report: Repo
         _fetch_anew(session, task, name, url)
 
 
-def _fetch_anew(session: Session, task: Task, name: AssetName, url: str) -> None:
+def _fetch_anew(session: Session, task: TaskColumns, name: AssetName, url: str) -> None:
     """Fetch the new link. A worker that fetches the old one loses its claim. A file stored from the old link is
     superseded.
     """
@@ -152,7 +152,7 @@ def _fetch_anew(session: Session, task: Task, name: AssetName, url: str) -> None
     session.flush()
 
 
-def note_called_back(task: Task, report: Report, now: datetime) -> None:
+def note_called_back(task: TaskColumns, report: Report, now: datetime) -> None:
     """Note that the provider called back: at the task's own URL, believed or not, or truly at the account's."""
     task.called_back_at = now
     tasks.clear_silence_note(task)
@@ -160,7 +160,7 @@ def note_called_back(task: Task, report: Report, now: datetime) -> None:
         task.end_called_back_at = task.end_called_back_at or now
 
 
-def _change_state(session: Session, task: Task, report: Report, decision: Decision, now: datetime) -> None:
+def _change_state(session: Session, task: TaskColumns, report: Report, decision: Decision, now: datetime) -> None:
     if decision.contradicted:
         contradict(session, task, decision.state, report.status)
     task.archive = decision.archive
@@ -178,7 +178,7 @@ def _change_state(session: Session, task: Task, report: Report, decision: Decisi
 
 def _write_links(
     session: Session,
-    task: Task,
+    task: TaskColumns,
     report: Report,
     decision: Decision,
     schedule: Schedule,
@@ -211,7 +211,7 @@ def _write_links(
     ((task.files_expire_at,),) = execute(session, _FIRST_EXPIRY, {"of": task.id}).rows
 
 
-def _is(task: Task, name: AssetName) -> list[ColumnElement[bool]]:
+def _is(task: TaskColumns, name: AssetName) -> list[ColumnElement[bool]]:
     """The condition of one file of the task."""
     columns = Asset.__table__.c  # type: ignore[attr-defined]
     return [columns[each] == value for each, value in {"task_id": task.id, **vars(name)}.items()]
@@ -231,7 +231,7 @@ def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime
     return schedule.url_expiry(url) or ended + timedelta(seconds=schedule.result_lifetime_seconds)
 
 
-def read_soon(session: Session, task: Task) -> bool:
+def read_soon(session: Session, task: TaskColumns) -> bool:
     """Make a waiting read of the locked task due now. False: a step under way is left to its owner."""
     is_waiting = task.lease is None and task.step is Step.READ
     if is_waiting:
@@ -241,7 +241,7 @@ def read_soon(session: Session, task: Task) -> bool:
 
 
 def reschedule(
-    session: Session, task: Task, schedule: Schedule, *, read_now: bool = False, read_later: bool = False
+    session: Session, task: TaskColumns, schedule: Schedule, *, read_now: bool = False, read_later: bool = False
 ) -> None:
     """Set the next step of the locked task from its current rows.
 
@@ -267,7 +267,7 @@ def reschedule(
         session.flush()
 
 
-def waits_for(session: Session, task: Task, following: Next) -> bool:
+def waits_for(session: Session, task: TaskColumns, following: Next) -> bool:
     """Whether the locked task is unclaimed and waits for this step already; for a read, no later than this one."""
     if task.lease is not None or task.due_at is None or task.step is None or task.step is not following.step:
         return False

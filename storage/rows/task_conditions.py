@@ -8,7 +8,7 @@ from sqlalchemy import and_, func, select, text
 from sqlmodel import col
 
 from storage import states
-from storage.rows.models import Asset, Task
+from storage.rows.models import Asset, Task, TaskColumns
 from storage.states import PARKED, ArchiveState
 
 # The note of a dismissed task and the error of its files start with this. `retry --all-failed` skips them.
@@ -30,7 +30,7 @@ IS_OVER = and_(
 IS_PARKED: Any = text(PARKED)
 
 
-def is_dismissed(task: Task) -> bool:
+def is_dismissed(task: TaskColumns) -> bool:
     return (task.note or "").startswith(DISMISSED)
 
 

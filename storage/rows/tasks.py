@@ -5,11 +5,12 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import compress
+from operator import is_not
 from typing import Any, cast
 
 import sqlalchemy
 from sqlalchemy import bindparam
-from sqlalchemy.orm.attributes import instance_state
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
@@ -19,7 +20,7 @@ from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
-from storage.rows.models import Asset, Task
+from storage.rows.models import Asset, Task, TaskColumns
 from storage.states import AssetFacts, AssetName, TaskFacts
 
 # The same task, kind and index give the same asset id, also after a rebuild.
@@ -66,7 +67,7 @@ def by_name(session: Session, name: str) -> Task | None:
         return None
 
 
-def named(task: Task) -> dict[str, str]:
+def named(task: TaskColumns) -> dict[str, str]:
     """The names of the task in every log line: `task`, its external id, and `task_id`, the row's own id."""
     return {"task": task.external_task_id, "task_id": str(task.id)}
 
@@ -84,16 +85,25 @@ _LOCKED_ROW = sqlalchemy.select(Task.__table__).where(col(Task.id) == bindparam(
 _LOCKED_ROW = _LOCKED_ROW.with_for_update()
 
 
-def lock_unattached(session: Session, task_id: uuid.UUID) -> Task | None:
+# In a locked row of no session: its columns as they were read.
+_LOADED = "loaded"
+
+
+def lock_unattached(session: Session, task_id: uuid.UUID) -> TaskColumns | None:
     """`lock` for the steps of every callback and file. The row belongs to no session: `save` writes its changes."""
-    return next(iter(unattached(Task, execute(session, _LOCKED_ROW, {"wanted": task_id}))), None)
+    found = execute(session, _LOCKED_ROW, {"wanted": task_id}).rows
+    if not found:
+        return None
+    task: TaskColumns = TaskColumns.__new__(TaskColumns)
+    vars(task).update(loaded := found[0]._asdict(), **{_LOADED: loaded})
+    return task
 
 
-def save(session: Session, task: Task) -> None:
+def save(session: Session, task: TaskColumns) -> None:
     """Write the columns of a task of `lock_unattached` that have changed since."""
-    now, before = vars(task), instance_state(task).committed_state
-    if changed := {name: now[name] for name, value in before.items() if now[name] is not value}:
-        claims.write(session, task, changed, "id")
+    now = vars(task)  # begins with the columns, in the order in which they were read
+    if changed := dict(compress(now.items(), map(is_not, now.values(), now[_LOADED].values()))):
+        claims.write(session, Task, task, changed, "id")
 
 
 def lock_claimed(session: Session, claimed: Task) -> Task:
@@ -134,7 +144,7 @@ def name_of(asset: Any) -> AssetName:
     return AssetName(asset.kind, asset.index, asset.original)
 
 
-def facts(task: Task, assets: Iterable[Any]) -> TaskFacts:
+def facts(task: TaskColumns, assets: Iterable[Any]) -> TaskFacts:
     """The part of the rows that decisions read. `assets`: row objects, or rows of their columns."""
     found = {
         name_of(asset): AssetFacts(asset.state, asset.source_url, asset.unusable_tries, asset.unconfirmed)
@@ -150,7 +160,7 @@ _OF_ASSET = ("kind", "index", "original", "state", "source_url", "unusable_tries
 _ASSET_FACTS = sqlalchemy.select(*(_ASSETS[name] for name in _OF_ASSET)).where(_ASSETS.task_id == bindparam("of"))
 
 
-def facts_now(session: Session, task: Task) -> TaskFacts:
+def facts_now(session: Session, task: TaskColumns) -> TaskFacts:
     """`facts` from the current rows without row objects, because every settled file needs them."""
     return facts(task, execute(session, _ASSET_FACTS, {"of": task.id}).rows)
 
@@ -182,7 +192,7 @@ def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None
 DEFAULTED = "default taken: "
 
 
-def request_note(task: Task) -> str | None:
+def request_note(task: TaskColumns) -> str | None:
     """The task's note if it is about its request. It stays when the work clears its own notes."""
     return task.note if task.note and task.note.startswith(DEFAULTED) else None
 
@@ -196,13 +206,13 @@ SILENT = "silent for 24 h: its slots were given back"
 NOT_FOUND = "called back, but the provider does not find it: it is not sent again"
 
 
-def give_back(task: Task) -> None:
+def give_back(task: TaskColumns) -> None:
     """Give back the slots that the locked task holds or waits for, and clear its note of silence."""
     task.slots, task.queued_at = 0, None
     clear_silence_note(task)
 
 
-def clear_silence_note(task: Task) -> None:
+def clear_silence_note(task: TaskColumns) -> None:
     """Clear the locked task's note of silence."""
     if task.note and task.note.startswith(SILENT):
         task.note = None
@@ -217,7 +227,7 @@ def clear_other_notes(task: Task, *, is_found: bool) -> None:
     task.note = next(kept, request_note(task))
 
 
-def note_after_others(task: Task, note: str) -> str:
+def note_after_others(task: TaskColumns, note: str) -> str:
     """`note`, after the locked task's note of silence, or that it is not found, if it has one."""
     lasting = [first for first in (SILENT, NOT_FOUND) if task.note and task.note.startswith(first)]
     return "; ".join([*lasting, note])
