@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from receiver.base.collector import collector_paused, import_without_rich
+from receiver.cli.terminal import say
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
     from receiver.base.config import Settings
+
+NEW_FILE_SECONDS = 30.0
 
 
 @contextmanager
@@ -81,7 +85,6 @@ def _settings(starts_store: bool, **values: Any) -> Settings:
 
 def _announce(settings: Settings, asks_provider: bool) -> None:
     from receiver.base import env_file
-    from receiver.cli.terminal import say
     from receiver.local_store import serve_store
 
     if asks_provider and (path := env_file.find()):
@@ -91,8 +94,8 @@ def _announce(settings: Settings, asks_provider: bool) -> None:
 
 
 def _require_served(parts: Parts) -> None:
-    """Refuse to pay for pictures that nobody fetches: in a database that only the current folder decides, beside the
-    one of the store, and without a worker. Raises `UserError`.
+    """Refuse to pay for pictures that nobody fetches: in a database that only the current folder decides, and that is
+    new, or beside the one of the store and without a worker. Raises `UserError`.
     """
     from receiver.local_store import serve_store
     from storage.database.urls import file_url
@@ -102,13 +105,29 @@ def _require_served(parts: Parts) -> None:
 
     database = parts.database
     file = Path(database.url.database or "")
-    if not database.is_sqlite or file.is_absolute() or not serve_store.other_database(parts.settings):
+    if not database.is_sqlite or file.is_absolute():
+        return
+    if not serve_store.other_database(parts.settings):
+        if file.parent.is_dir() and not _appears(file):
+            raise UserError(f"nothing was sent, because {file.absolute()} does not exist: run this in the folder where "
+                            "`receiver serve` runs, or name the file there by its whole path in RECEIVER_DATABASE_URL. "
+                            "`receiver migrate` makes a new one here")  # fmt: skip
         return
     if file.is_file() and migrations.current(database) == migrations.head() and heartbeats.count_alive(database):
         return
     raise UserError(f"nothing was sent, because no worker serves {file.absolute()}. To use it all the same, start "
                     "`receiver serve` in this folder first, or name the file by its whole path: "
                     f"RECEIVER_DATABASE_URL={file_url(file)}")  # fmt: skip
+
+
+def _appears(file: Path) -> bool:
+    """Whether the file exists. Waits for a `receiver serve` that is still starting, such as one just before with &."""
+    deadline = time.monotonic() + NEW_FILE_SECONDS
+    if not file.exists():
+        say(f"{file.absolute()} does not exist, waiting {NEW_FILE_SECONDS:g} s for `receiver serve` here", err=True)
+    while not (exists := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return exists
 
 
 def _unknown() -> Iterator[str]:

@@ -89,8 +89,9 @@ def submit(
     if batch_file is None:
         if name or format or dry_run or prices or report:
             raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
+        fields = {**_from_file(request), **given}
         with opened(allow_http, migrate=True, store=store, asks_provider=True, pays=True) as parts:
-            task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
+            task = _submit(parts, fields, external_task_id, adopt)
             _answer(parts, task, wait=wait, as_json=as_json)
     elif given or request or external_task_id or adopt:
         raise typer.BadParameter("the file contains the request: remove the other fields", param_hint="--batch")

@@ -99,7 +99,8 @@ def test_migrate_says_what_it_did(receiver: CommandLine) -> None:
 
 
 def test_a_submitted_task_is_archived_by_a_worker_and_shown_by_status(receiver: CommandLine, bucket: Bucket) -> None:
-    """From an empty folder to pictures in the bucket, on a database that submit itself creates."""
+    """From an empty folder to pictures in the bucket."""
+    assert receiver("migrate").code == 0
     submitted = receiver(*ASK, "--n", "2")
     assert (submitted.code, "no worker is alive" in submitted.err) == (0, True)
     name = submitted.out.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import socket
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -25,9 +26,9 @@ ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
     ("address", "why"), [("http://127.0.0.1:9", "Connection refused"), ("{url}/v1/images", "HTTP 404")]
 )
 def test_create_that_the_provider_did_not_accept_is_reported(
-    receiver: CommandLine, sandbox: Sandbox, address: str, why: str
+    ready: CommandLine, sandbox: Sandbox, address: str, why: str
 ) -> None:
-    done = receiver(*ASK, RECEIVER_KLING_BASE_URL=address.format(url=sandbox.url))
+    done = ready(*ASK, RECEIVER_KLING_BASE_URL=address.format(url=sandbox.url))
     assert done.code == 0
     assert "the provider has not accepted it yet" in done.err and why in done.err
     assert "`receiver check`" in done.err
@@ -71,16 +72,33 @@ def test_an_argument_that_is_not_text_is_refused_in_one_sentence(receiver: Comma
         ('{"prompt": "a boat"}'.encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
     ],
 )
-def test_request_file_with_a_byte_order_mark_is_read(receiver: CommandLine, content: bytes, says: str | None) -> None:
-    (receiver.folder / "request.json").write_bytes(content)
-    done = receiver("submit", "--request", "request.json")
+def test_request_file_with_a_byte_order_mark_is_read(ready: CommandLine, content: bytes, says: str | None) -> None:
+    (ready.folder / "request.json").write_bytes(content)
+    done = ready("submit", "--request", "request.json")
     assert (done.code, says is None or says in done.err) == (2 if says else 0, True), done.err
 
 
-def test_the_command_that_starts_a_worker_names_the_store(receiver: CommandLine) -> None:
-    done = receiver(*ASK, "--store", "my pictures", RECEIVER_S3_ENDPOINT_URL=None)
+def test_the_command_that_starts_a_worker_names_the_store(ready: CommandLine) -> None:
+    done = ready(*ASK, "--store", "my pictures", RECEIVER_S3_ENDPOINT_URL=None)
     assert "start `receiver serve --store 'my pictures'`" in done.err
-    assert "start `receiver serve` " in receiver(*ASK).err
+    assert "start `receiver serve` " in ready(*ASK).err
+
+
+def test_paid_request_into_a_new_file_of_the_current_folder_is_refused(receiver: CommandLine, sandbox: Sandbox) -> None:
+    file = receiver.folder / "receiver.db"
+    hasty = replace(receiver, constants={"receiver.cli.opening:NEW_FILE_SECONDS": 0.1})
+    done = hasty(*ASK)
+    assert (done.code, done.out, file.exists(), len(sandbox.ledger().creates)) == (1, "", False, 0)
+    assert f"nothing was sent, because {file} does not exist: run this in the folder where `receiver serve`" in done.err
+    assert hasty(*ASK, RECEIVER_DATABASE_URL=f"sqlite:///{file}").code == 0  # the whole path is no accident
+
+
+def test_paid_request_waits_for_a_receiver_that_is_starting(receiver: CommandLine, sandbox: Sandbox) -> None:
+    said = receiver.folder / "said"
+    asked = Forked(ASK, {**os.environ, **receiver.variables}, receiver.folder, out=said)
+    wait_until(lambda: said.exists() and "waiting" in said.read_text(), seconds=60)
+    assert receiver("migrate").code == 0
+    assert (asked.wait(60), len(sandbox.ledger().creates)) == (0, 1)
 
 
 def test_a_server_that_cannot_listen_prints_no_link_to_its_console(receiver: CommandLine) -> None:
