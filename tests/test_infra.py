@@ -144,11 +144,34 @@ def test_every_image_has_a_version() -> None:
     assert all(re.search(r":[^/:]*\d|:local}$", image) for image in images), images
 
 
-def test_compose_sets_only_settings_that_exist() -> None:
-    known = {f"RECEIVER_{name.upper()}" for name in Settings.model_fields}
-    for name in OURS:
-        ours = {key for key in SERVICES[name]["environment"] if key.startswith("RECEIVER_")}
-        assert {key.removesuffix("_FILE") for key in ours} <= known
+# The image, the command or the routes of the proxy decide these. An empty value would replace the image's folder.
+CONTAINERS_OWN = {"host", "port", "workers", "store", "spool_dir", "console_thumbnail_dir"}
+
+
+def _variable(name: str) -> str:
+    return f"RECEIVER_{name.upper()}"
+
+
+@pytest.mark.parametrize("name", ["web", "worker", "migrate"])
+def test_every_setting_reaches_the_containers_from_the_env_file(name: str) -> None:
+    given = SERVICES[name]["environment"]
+    ours = {key: value for key, value in given.items() if key.startswith("RECEIVER_")}
+    assert {key.removesuffix("_FILE") for key in ours} <= set(map(_variable, Settings.model_fields))
+    for setting in map(_variable, Settings.model_fields.keys() - CONTAINERS_OWN):
+        assert re.fullmatch(rf"\$\{{{setting}:?-[^}}]*}}", given.get(setting, "")), setting
+    for setting in map(_variable, CONTAINERS_OWN):
+        assert "$" not in given.get(setting, "")
+
+
+def test_secrets_reach_the_containers_from_files_and_the_sandbox_gets_none() -> None:
+    keys = {name for name, field in Settings.model_fields.items() if "SecretStr" in str(field.annotation)}
+    urls = {"database_direct_url", "event_sinks"}
+    assert keys > urls
+    for name in ("web", "worker"):
+        for setting in (keys - urls) | {"kling_access_key"}:
+            assert SERVICES[name]["environment"][f"{_variable(setting)}_FILE"] == f"/run/secrets/{setting}"
+            assert setting in SERVICES[name]["secrets"]
+    assert (SERVICES["sandbox"]["environment"], SERVICES["sandbox"]["secrets"]) == ({}, [])
 
 
 def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
@@ -179,16 +202,33 @@ def test_secrets_are_made_once_and_kept_from_others(secrets: Path) -> None:
     assert {path.name: path.read_text() for path in secrets.iterdir()} == before
 
 
-def test_settings_read_what_compose_gives_them(secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # no .env of the developer's
+def _read_as_web(secrets: Path, monkeypatch: pytest.MonkeyPatch, **env_file: str) -> Settings:
+    """The settings of the service `web` with these lines in `.env`."""
+    monkeypatch.chdir(secrets)  # no .env of the developer's
+    given = {"RECEIVER_PUBLIC_URL": "https://callbacks.example.com", **env_file}
     for name, value in SERVICES["web"]["environment"].items():
-        plain = re.sub(r"\$\{\w+:?-([^}]*)}", r"\1", value)
+        plain = re.sub(r"\$\{(\w+):?-([^}]*)}", lambda found: given.get(found[1], found[2]), value)
         monkeypatch.setenv(name, plain.replace("/run/secrets", str(secrets)))
-    monkeypatch.setenv("RECEIVER_PUBLIC_URL", "https://callbacks.example.com")
-    settings = load()
+    return load()
+
+
+def test_settings_read_what_compose_gives_them(secrets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = _read_as_web(secrets, monkeypatch)
     assert settings.database_url.get_secret_value() == (secrets / "database_url").read_text()
     assert (settings.workers, settings.s3_bucket, settings.migrates_on_start) == (0, "kling", False)
     assert (len(settings.callback_secrets), settings.kling_api_key, settings.kling_webhook_secrets) == (1, None, ())
+    changed = {"database_url", "callback_secrets", "public_url", "s3_bucket", "s3_endpoint_url", "metrics_token"}
+    others = Settings.model_fields.keys() - changed - CONTAINERS_OWN
+    assert {name for name in others if getattr(settings, name) != Settings.model_fields[name].get_default()} == set()
+
+
+def test_what_the_env_file_and_the_secret_files_say_reaches_the_settings(
+    secrets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (secrets / "console_keys").write_text("anna=" + "k" * 24)
+    settings = _read_as_web(secrets, monkeypatch, RECEIVER_WORKER_THREADS="16", RECEIVER_API_KEYS="a" * 24)
+    assert ([person.name for person in settings.console_people], settings.worker_threads) == (["anna"], 16)
+    assert [key.get_secret_value() for key in settings.api_keys] == ["a" * 24]
 
 
 # The proxy
