@@ -113,14 +113,10 @@ class Batches:
         """
         with self._lock:
             self._threads, self._ahead = threads, ahead
-            return max(self._free() + ahead, 0) if self._room.wait_for(self._has_room, seconds) else 0
-
-    def _free(self) -> int:
-        """How many batches can begin at once, by places and by threads."""
-        return self._threads - self._begun + min(self.most_lent - self._lent, 0)
+            return max(threads + ahead - self._begun, 0) if self._room.wait_for(self._has_room, seconds) else 0
 
     def _has_room(self) -> bool:
-        return not self._waiting and self._free() + bool(self._ahead) > 0
+        return not self._waiting and self._begun < self._threads + bool(self._ahead)
 
     def add(self, batch: list[Any]) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,16 +115,15 @@ class GroupWriter:
 
     def _end(self, write: _Write) -> Any:
         until_it_begins = max(write.put_at + WAIT_SECONDS - time.monotonic(), 0)
-        for is_last in (False, True):
+        for seconds in (until_it_begins, WAIT_SECONDS):
             try:
-                return write.durable.result(WAIT_SECONDS if is_last else until_it_begins)
+                return write.durable.result(seconds)
             except _Waits:
-                break
-            except TimeoutError:
-                if is_last or write.durable.cancel():
-                    raise DatabaseUnavailable(f"database: no commit within {WAIT_SECONDS:g} s") from None
-        with self._own_transaction() as session:
-            return write.operation(session)
+                with self._own_transaction() as session:
+                    return write.operation(session)
+            except (TimeoutError, CancelledError):
+                write.durable.cancel()  # without effect once the operation has begun
+        raise DatabaseUnavailable(f"database: no commit within {WAIT_SECONDS:g} s")
 
     def close(self) -> None:
         """End the thread once the waiting operations are committed. A later operation starts another."""

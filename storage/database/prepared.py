@@ -59,10 +59,9 @@ def execute(place: Session | Connection, statement: Statement, values: Mapping[s
 
 def unattached(model: type[Model], found: Done) -> list[Model]:
     """Row objects that belong to no session, for rows with all columns. `model(**values)` takes 85 µs, this 3."""
-    rows: list[Model] = []
-    for given in found.rows:
-        rows.append(manager_of_class(model).new_instance())
-        vars(rows[-1]).update(given._asdict())
+    rows = [manager_of_class(model).new_instance() for _ in found.rows]
+    for row, given in zip(rows, found.rows, strict=True):
+        vars(row).update(given._asdict())
     return rows
 
 
