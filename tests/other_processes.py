@@ -55,7 +55,7 @@ def take_turns(connection: Connection, folder: Path) -> None:
     connection.send("ready")
     connection.recv()
     for _ in range(200):
-        with turnstile:
+        with turnstile.turn():
             file.write_text(str(int(file.read_text()) + 1))
     turnstile.close()
     connection.send("done")

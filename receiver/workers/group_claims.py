@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +71,10 @@ class GroupClaims:
             self._ended.add(lane.name)
         self._give_back(self.take(lane))
 
-    def claim(self, session: Session) -> Callable[[bool], None] | None:
+    def claim(self, session: Session) -> Future[bool] | None:
         """Claim rows for the lanes that wait, at the end of a group that made any due.
 
-        Returns what to call when the group is `committed` or not.
+        Returns what is to be resolved with whether the group was committed.
         """
         if not self._wanted or not self._database.wakes(session):
             return None
@@ -90,13 +91,15 @@ class GroupClaims:
                     )
             claiming = if_it_fails.pop_all()
 
-        def end(committed: bool) -> None:
+        def end(is_committed: Future[bool]) -> None:
             with claiming:
-                for name, rows in found.items() if committed else ():
+                for name, rows in found.items() if is_committed.result() else ():
                     self._hand_over(name, rows)
             self._wake_ups.wake(found.keys())
 
-        return end
+        is_committed = Future[bool]()
+        is_committed.add_done_callback(end)
+        return is_committed
 
     def _hand_over(self, name: str, rows: list[Any]) -> None:
         self._in_hand.add(rows)

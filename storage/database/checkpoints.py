@@ -59,5 +59,5 @@ def checkpoint(database: Database, cursor: Any) -> None:
     """
     _, pages, _ = cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     if pages > LONG_LOG_PAGES:
-        with database.turnstile:
+        with database.turn():
             cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

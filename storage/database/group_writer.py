@@ -78,12 +78,12 @@ class GroupWriter:
         transaction: Transaction,
         own_transaction: Transaction,
         rest: Callable[[], None],
-        at_end: Callable[[Session], Callable[[bool], None] | None],
+        at_end: Callable[[Session], Future[bool] | None],
     ) -> None:
         """`transaction`: of a group, which does not wait long for a row. `own_transaction`: of one operation.
         `rest`: called by the writer's thread when there was no operation for a while, and at its end.
         `at_end`: the last operation of each group. Without it the group is committed where it fails. It may return a
-        function that is called with whether the group was committed."""
+        future that is resolved with whether the group was committed."""
         self._transaction = transaction
         self._own_transaction = own_transaction
         self._rest = rest
@@ -162,7 +162,7 @@ class GroupWriter:
         """Apply and commit them, without those that fail; answer each."""
         has_new_session, at_end = False, self._at_end
         while group := [write for write in group if not write.durable.done()]:
-            done, at_fault, tell = dict[_Write, Any](), group, None
+            done, at_fault, told = dict[_Write, Any](), group, Future[bool]()
             try:
                 with self._transaction() as session:
                     end = time.monotonic() + MAX_GROUP_SECONDS
@@ -175,10 +175,10 @@ class GroupWriter:
                         if time.monotonic() > end:
                             break
                     at_fault = []
-                    tell = at_end(session)
+                    told = at_end(session) or told
                     at_fault = group
             except BaseException as error:  # noqa: BLE001 - the callers raise it
-                _call(tell, is_committed=False)
+                told.set_result(False)
                 if isinstance(error, SessionReplaced) and not has_new_session:
                     has_new_session = True
                 elif not _fail(error, group, at_fault):
@@ -187,7 +187,7 @@ class GroupWriter:
             else:
                 for write, result in done.items():
                     write.durable.set_result(result)
-                _call(tell, is_committed=True)
+                told.set_result(True)
 
     def _log_fault(self, error: BaseException) -> None:
         """Nobody waits for the last operation of a group, so its fault is logged here."""
@@ -204,15 +204,6 @@ def _fail(error: BaseException, group: list[_Write], at_fault: list[_Write]) -> 
         if write.begins():
             write.durable.set_exception(_Waits() if waits else error)
     return bool(failed)
-
-
-def _call(tell: Callable[[bool], None] | None, *, is_committed: bool) -> None:
-    """Call what the last operation of a group returned."""
-    try:
-        if tell is not None:
-            tell(is_committed)
-    except Exception:
-        log.exception("worker.step_failed", job="group_end")
 
 
 def _nothing(_: Session) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.pool import Pool, QueuePool
 from sqlalchemy.util.queue import Empty
 from sqlmodel import Session
 
@@ -90,29 +91,6 @@ def insert_or_ignore(
 
 
 class _Pool(QueuePool):
-    """`is_closed`: a connection that is still in use, or is opened later, is not kept when it is returned."""
-
-    is_closed = False
-
-    def recreate(self) -> QueuePool:
-        successor = super().recreate()
-        assert isinstance(successor, _Pool)
-        successor.is_closed = self.is_closed
-        return successor
-
-    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        if self.is_closed:
-            self._drop(record)
-        else:
-            super()._do_return_conn(record)
-
-    def _drop(self, record: ConnectionPoolEntry) -> None:
-        """As QueuePool closes a surplus connection."""
-        try:
-            record.close()
-        finally:
-            self._dec_overflow()
-
     def close_idle(self) -> None:
         """Close idle connections until KEPT_AT_REST are left. One that is in use, or is taken meanwhile, stays open.
 
@@ -123,7 +101,10 @@ class _Pool(QueuePool):
                 idle = self._pool.get(False)  # no other thread can take it now
             except Empty:
                 return
-            self._drop(idle)
+            try:
+                idle.close()
+            finally:
+                self._dec_overflow()
 
 
 class Database:
@@ -143,7 +124,7 @@ class Database:
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.woken = threading.Event()  # set after a commit of this process that wakes workers
-        self.turnstile: AbstractContextManager[None]
+        self.turnstile: Turnstile | None = None
         kept = min(connections, KEPT_CONNECTIONS)
         pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
         pool["pool_timeout"] = CONNECT_SECONDS
@@ -155,7 +136,6 @@ class Database:
             self._autocommit_writer = self.writer.execution_options(**{NO_BEGIN: True})
             self._autocommit_reader = self.reader.execution_options(**{NO_BEGIN: True})
         else:
-            self.turnstile = nullcontext()
             self.writer = create_engine(
                 self.url,
                 pool_use_lifo=True,
@@ -170,8 +150,8 @@ class Database:
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
-        # The last operation of each group of writes. What it returns is called with whether the group was committed.
-        self.at_group_end: Callable[[Session], Callable[[bool], None] | None] = lambda _: None
+        # The last operation of each group of writes. What it returns is resolved with whether the group was committed.
+        self.at_group_end: Callable[[Session], Future[bool] | None] = lambda _: None
         self._make_group_writer()
         forks.renew_in_children(self)
 
@@ -214,9 +194,13 @@ class Database:
             self.reader.dispose(close=False)
         self.writer.dispose(close=False)
 
+    def turn(self, *, is_urgent: bool = False) -> AbstractContextManager[None]:
+        """A turn of SQLite's writers. PostgreSQL needs none."""
+        return nullcontext() if self.turnstile is None else self.turnstile.turn(is_urgent=is_urgent)
+
     @contextmanager
     def write(self) -> Iterator[Session]:
-        with self._unavailable(), self.turnstile:
+        with self._unavailable(), self.turn():
             with Session(self.writer, expire_on_commit=False) as session, session.begin():
                 yield session
         self.outages.wrote()
@@ -232,7 +216,7 @@ class Database:
             with self.write() as session:
                 yield session
             return
-        with self._unavailable(), self.turnstile, self._autocommit_writer.connect() as connection:
+        with self._unavailable(), self.turn(), self._autocommit_writer.connect() as connection:
             connection.exec_driver_sql("PRAGMA foreign_keys=OFF")
             try:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -247,7 +231,7 @@ class Database:
     @contextmanager
     def group_write(self) -> Iterator[Session]:
         """`write` for the group writer: its session is kept, and does not wait long for a row."""
-        with self._unavailable(), self.turnstile, self._group_session.transaction() as session:
+        with self._unavailable(), self.turn(), self._group_session.transaction() as session:
             yield session
         self.outages.wrote()
         if session.info.pop(WAKE_CHANNEL, False):
@@ -262,8 +246,7 @@ class Database:
         For the single statement of a group commit: BEGIN and COMMIT are a round trip each on PostgreSQL, and on SQLite
         a wait for the interpreter lock beside a busy event loop.
         """
-        turnstile = self.turnstile.urgent() if is_urgent and isinstance(self.turnstile, Turnstile) else self.turnstile
-        with self._unavailable(), turnstile, self._autocommit_writer.connect() as connection:
+        with self._unavailable(), self.turn(is_urgent=is_urgent), self._autocommit_writer.connect() as connection:
             yield connection
         self.outages.wrote()
 
@@ -343,10 +326,10 @@ class Database:
     def close(self) -> None:
         self._group_writer.close()
         for engine in (self.writer, self.reader):
-            if isinstance(engine.pool, _Pool):
-                engine.pool.is_closed = True
+            _keep_none(engine.pool)  # of those in use
             engine.dispose()
-        if isinstance(self.turnstile, Turnstile):
+            _keep_none(engine.pool)  # of those opened later
+        if self.turnstile is not None:
             self.turnstile.close()
 
     def waker(self) -> Waker:
@@ -361,6 +344,13 @@ class Database:
     def wakes(self, session: Session) -> bool:
         """Whether this transaction wakes workers."""
         return bool(session.info.get(WAKE_CHANNEL))
+
+
+def _keep_none(pool: Pool) -> None:
+    """Let the pool close each connection that is returned, as those beyond its size."""
+    if isinstance(pool, _Pool):
+        queue: Any = pool._pool
+        queue._full = lambda: True
 
 
 def _driver_error(error: Any) -> Any:

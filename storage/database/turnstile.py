@@ -64,23 +64,9 @@ class Turnstile:
         self._blocked_since: float | None = None
         self._watcher: threading.Thread | None = None
 
-    def __enter__(self) -> None:
-        self.enter(is_urgent=False)
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._is_writing = False
-            self._leave()
-
     @contextmanager
-    def urgent(self) -> Iterator[None]:
-        self.enter(is_urgent=True)
-        try:
-            yield
-        finally:
-            self.__exit__()
-
-    def enter(self, *, is_urgent: bool) -> None:
+    def turn(self, *, is_urgent: bool = False) -> Iterator[None]:
+        """Enclose a transaction. Raises `DatabaseUnavailable` if its turn does not come."""
         self._check()
         with self._changed:
             self._ordinary_waiting += not is_urgent
@@ -96,12 +82,12 @@ class Turnstile:
             with self._changed:
                 self._wait(self._changed, lambda: not self._is_writing and (is_urgent or self._inside == 1))
                 self._is_writing = True
-        except BaseException as error:
-            with self._changed:
-                self._leave()
-            if isinstance(error, OSError):
-                raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
-            raise
+            try:
+                yield
+            finally:
+                self._is_writing = False
+        finally:
+            self._leave()
 
     def _wait(self, condition: threading.Condition, is_so: Callable[[], object]) -> None:
         if not condition.wait_for(is_so, self._wait_seconds):
@@ -113,12 +99,13 @@ class Turnstile:
         return not self._is_closing and not (is_urgent and self._ordinary_waiting)
 
     def _leave(self) -> None:
-        self._inside -= 1
-        if not self._inside:
-            self._is_shared = False
-            if self._file is not None:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._wake()
+        with self._changed:
+            self._inside -= 1
+            if not self._inside:
+                self._is_shared = False
+                if self._file is not None:
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._wake()
 
     def _wake(self) -> None:
         self._changed.notify_all()
@@ -126,7 +113,7 @@ class Turnstile:
             self._free.notify()
 
     def is_entered_at_once(self) -> bool:
-        """Enter it if no one is inside. False: it is taken. For event loops, which must not wait."""
+        """Enter it if no one is inside, until `leave`. False: it is taken. For event loops, which must not wait."""
         try:
             self._check()
             with self._changed:
@@ -136,8 +123,12 @@ class Turnstile:
                 self._inside = 1
                 self._is_writing = True
         except (OSError, DatabaseUnavailable):
-            return False  # held by another process; a waiting `with` reports any other fault
+            return False  # held by another process; a waiting `turn` reports any other fault
         return True
+
+    def leave(self) -> None:
+        self._is_writing = False
+        self._leave()
 
     def _opened(self) -> TextIO:
         if self._file is None:
@@ -146,12 +137,15 @@ class Turnstile:
 
     def _lock(self) -> None:
         """Take the file's lock, which threads that share a turn have together."""
-        with self._changed:
-            file = self._opened()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            (self._lock_patiently if self._is_patient() else self._lock_in_time)(file)
+            with self._changed:
+                file = self._opened()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                (self._lock_patiently if self._is_patient() else self._lock_in_time)(file)
+        except OSError as error:
+            raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
 
     def _lock_patiently(self, file: TextIO) -> None:
         """Wait for the file's lock. The wait blocks: a blocking wait is fair, and no wait with a time limit is.

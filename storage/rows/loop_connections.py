@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from storage.database.postgresql import FACTS, READ_ONLY, STALE_PLAN
 from storage.database.sessions import Database
 from storage.database.sqlite_file import SQLITE_PRAGMAS
-from storage.database.turnstile import Turnstile
 from storage.database.urls import psycopg_arguments
 from storage.rows.deliveries import Delivery, insert_sqlite, postgresql_inserts
 from storage.states import CallbackState
@@ -58,7 +57,7 @@ class SqliteLoopConnection:
     """
 
     def __init__(self, database: Database) -> None:
-        assert isinstance(database.turnstile, Turnstile)
+        assert database.turnstile is not None
         self._turnstile = database.turnstile
         self._connection = _sqlite(database, *SQLITE_PRAGMAS, "wal_autocheckpoint=0")
 
@@ -72,7 +71,7 @@ class SqliteLoopConnection:
                 raise Locked from error
             raise
         finally:
-            self._turnstile.__exit__()
+            self._turnstile.leave()
 
     async def unreadable(self, keys: Collection[str]) -> set[str]:
         return {key for (key,) in self._connection.execute(_UNREADABLE_SQLITE, (json.dumps([*keys]),))}

@@ -87,7 +87,7 @@ def test_lock_of_another_program_is_logged_and_its_waiters_are_bounded(tmp_path:
     words = "x.lock has been locked for 0.3 s by another program; `fuser "
 
     def enter() -> None:
-        with turnstile:
+        with turnstile.turn():
             pass
 
     with capture_logs() as logs, ThreadPoolExecutor(2) as pool:
@@ -113,8 +113,8 @@ def test_event_file_locked_by_another_program_holds_no_thread(tmp_path: Path) ->
 def test_command_gives_up_a_lock_of_another_program(tmp_path: Path) -> None:
     turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3, is_patient=lambda: False)
     with held(tmp_path / "x.lock"), pytest.raises(DatabaseUnavailable, match="names the process that holds it"):
-        turnstile.__enter__()
-    with turnstile, (tmp_path / "x.lock").open("a") as other, pytest.raises(BlockingIOError):
+        turnstile.turn().__enter__()
+    with turnstile.turn(), (tmp_path / "x.lock").open("a") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     turnstile.close()
 
@@ -124,7 +124,7 @@ def test_a_command_waits_its_turn_behind_a_short_transaction(tmp_path: Path) -> 
     turnstile, entered = Turnstile(path, is_patient=lambda: False), threading.Event()
 
     def enter() -> None:
-        with turnstile:
+        with turnstile.turn():
             entered.set()
 
     with ThreadPoolExecutor(1) as pool:

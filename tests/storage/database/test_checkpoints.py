@@ -74,7 +74,7 @@ def test_commits_wait_only_while_a_long_log_is_copied(
     commit(sqlite, pages=20)
     with closing(sqlite.reader.raw_connection()) as connection:
         copying = threading.Thread(target=checkpoints.checkpoint, args=(sqlite, connection.cursor()))
-        with sqlite.turnstile:
+        with sqlite.turn():
             copying.start()
             copying.join(0.5 if is_long else 20)
             assert copying.is_alive() == is_long

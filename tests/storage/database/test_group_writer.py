@@ -143,6 +143,19 @@ def test_a_fault_of_the_groups_last_operation_fails_none(database: Database) -> 
     assert [(each["event"], each["job"]) for each in logs] == [("worker.step_failed", "group_end")]
 
 
+def test_a_fault_of_what_the_last_operation_returned_fails_none(database: Database) -> None:
+    def fail_later(_: Session) -> Future[bool]:
+        is_committed = Future[bool]()
+        is_committed.add_done_callback(lambda _: 1 // 0)
+        return is_committed
+
+    database.at_group_end = fail_later
+    assets = claimed(database, 2)
+    for asset in assets:
+        database.write_in_group(settling(asset))
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
 def test_a_lost_lease_fails_itself_alone(database: Database) -> None:
     assets = claimed(database, 5)
     assets[2].lease = uuid.uuid4()
@@ -390,6 +403,12 @@ def test_the_last_operation_hears_of_a_commit_that_an_old_session_refused(
                 raise refusal
 
     monkeypatch.setattr(database._group_writer, "_transaction", refused_once)
-    database.at_group_end = lambda _: told.append
+
+    def claim(_: Session) -> Future[bool]:
+        is_committed = Future[bool]()
+        is_committed.add_done_callback(lambda ended: told.append(ended.result()))
+        return is_committed
+
+    database.at_group_end = claim
     database.write_in_group(lambda _: None)
     wait_until(lambda: told == [False, True])

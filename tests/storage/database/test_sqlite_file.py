@@ -173,7 +173,7 @@ def test_a_process_that_has_it_open_keeps_no_writer_out_on_a_network_file_system
     begun = Database(f"sqlite:///{sqlite_file}")
     assert isinstance(begun.turnstile, Turnstile)
     assert begun.turnstile.is_entered_at_once()
-    begun.turnstile.__exit__()
+    begun.turnstile.leave()
     begun.close()
 
 

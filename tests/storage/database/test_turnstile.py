@@ -32,7 +32,7 @@ def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
 
     def take_turns(number: int) -> None:
         for _ in range(200):
-            with turnstile.urgent() if number % 2 else turnstile:
+            with turnstile.turn(is_urgent=bool(number % 2)):
                 counter.write_text(str(int(counter.read_text()) + 1))
 
     with forked(other_processes.take_turns, tmp_path) as other, ThreadPoolExecutor(4) as pool:
@@ -89,11 +89,11 @@ def test_a_delivery_is_committed_before_a_writer_that_waited_longer(
     waiting, holding = (other_process, turnstile) if waits == "another process" else (turnstile, other_process)
 
     def write() -> int:
-        with other_process if waits == "another process" else sqlite.write():
+        with other_process.turn() if waits == "another process" else sqlite.write():
             return count_deliveries(sqlite)
 
     with ThreadPoolExecutor(1) as pool:
-        with holding:
+        with holding.turn():
             seen = pool.submit(write)
             wait_until(lambda: waiting._blocked_since)
             answer = intake.put(GOOD)
@@ -106,15 +106,15 @@ def test_other_writers_have_turns_while_deliveries_never_end(turnstile: Turnstil
 
     def commit() -> None:
         while not ended.is_set():
-            with turnstile.urgent():
+            with turnstile.turn(is_urgent=True):
                 pass
 
     with ThreadPoolExecutor(2) as pool:
         ends = [pool.submit(commit) for _ in range(2)]
         for _ in range(50):
-            with turnstile:
+            with turnstile.turn():
                 pass
-            with other_process:
+            with other_process.turn():
                 pass
         ended.set()
         for end in ends:
@@ -126,7 +126,7 @@ def test_a_turnstile_is_closed_while_its_threads_take_turns(turnstile: Turnstile
 
     def write() -> None:
         while not ended.is_set():
-            with turnstile:
+            with turnstile.turn():
                 pass
 
     with ThreadPoolExecutor(3) as pool:
@@ -142,7 +142,7 @@ def test_a_turnstile_is_closed_while_its_threads_take_turns(turnstile: Turnstile
 
 def test_a_turnstile_is_closed_once_the_last_thread_has_left(turnstile: Turnstile) -> None:
     with ThreadPoolExecutor(1) as pool:
-        with turnstile:
+        with turnstile.turn():
             closed = pool.submit(turnstile.close)
             wait_until(lambda: turnstile._is_closing)
             assert not closed.done()

@@ -235,7 +235,7 @@ def test_deliveries_that_arrive_while_the_thread_waits_for_its_turn_share_its_co
     with InLoop(database) as intake:
         with writers_wait(database):
             futures = [intake.put(body(0))]
-            wait_until(lambda: database.turnstile._is_shared)  # type: ignore[attr-defined]
+            wait_until(lambda: database.turnstile._is_shared)  # type: ignore[union-attr]
             futures += [intake.put(body(number)) for number in range(1, 20)]
         assert answers(futures) == {"new": 20}
     assert count_commits(database) == 1
