@@ -179,27 +179,26 @@ class Worker:
                     return [], NOTHING
         grant, rows = lane.circuit.grant(batches * lane.batch()), list[Any]()
         try:
-            rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else rows
+            rows = self._claim(lane, grant.count) if grant.count else rows
         finally:
             if not rows:
                 grant.give_back()
         self._full_claims[lane.name] = self._full_claims[lane.name] + 1 if rows and len(rows) == grant.count else 0
         return rows, grant
 
-    def _claim(self, lane: Lane, limit: int, *, alone: bool = False, in_turn: bool = False) -> list[Any]:
+    def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
         with self._in_hand.claiming(alone=alone) as is_permitted:
             if not is_permitted:
                 return []
             claim = partial(
                 claims.claim, model=lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone,
-                in_turn=in_turn, where=lane.where,
+                in_turn=lane.circuit.is_open, where=lane.where,
             )  # fmt: skip
-            if lane.slots is None:
+            if lane.slots is None or alone:
                 rows = self._database.write_in_group(claim)
             else:  # may wait for the account's row
                 with self._database.write() as session:
-                    if not alone:
-                        lane.slots.admit(session, limit)
+                    lane.slots.admit(session, limit)
                     rows = claim(session)
             self._in_hand.add(rows)
         return rows
