@@ -267,6 +267,7 @@ class Archiver:
                 record(session, EventName.ASSET_FAILED, asset.task_id, fact)
                 task.archive = states.reopened(task.archive)
                 self._look_at_task(session, task)
+                self._database.wake(session)  # for the event
         except LostClaim:
             return
         log.error("asset.failed", asset=str(asset.id), task_id=str(asset.task_id), error=reason)
@@ -316,7 +317,8 @@ class Archiver:
         if (task.lease is None or task.step is Step.FINISH) and not reports.waits_for(session, task, states.READ_NOW):
             reports.reschedule(session, task, self._schedule)
         tasks.save(session, task)
-        self._database.wake(session)
+        if task.step is not None:
+            self._database.wake(session)
 
 
 def _failed(asset: Asset, error: str, now: datetime) -> dict[str, Any]:

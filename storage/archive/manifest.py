@@ -177,7 +177,6 @@ class Finisher:
         if waiting:
             fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
         record(session, EventName.TASK_ARCHIVED if is_archived else EventName.TASK_INCOMPLETE, row.id, fact)
-        self._database.wake(session)
         return archive, note
 
     def _park(self, task: Task) -> None:

@@ -73,7 +73,9 @@ def sequence_recorded(database: Database, session: Session, subscriptions: Seque
     A transaction of its own for them was an fsync for each report, and another turn at SQLite's lock.
     """
     if session.info.pop(RECORDED, False):
-        sequence(database, session, subscriptions, limit=GROUP_BATCH)
+        count = sequence(database, session, subscriptions, limit=GROUP_BATCH)
+        if count in (0, GROUP_BATCH):  # the others wait for their numbers
+            database.wake(session)
 
 
 UNSEQUENCED = select(_EVENTS.id).where(_EVENTS.seq.is_(None)).limit(1)
@@ -100,7 +102,7 @@ _WITH_CLIENT = select(_TASKS.id).where(
 
 
 def sequence(database: Database, session: Session, subscriptions: Sequence[Subscription], *, limit: int = BATCH) -> int:
-    """Number the oldest visible events, insert the dispatches of matching sinks, and wake them. Returns how many
+    """Number the oldest visible events, insert the dispatches of matching sinks, and wake these. Returns how many
     events.
 
     The counter's row is locked until the commit, so numbers become visible in ascending order: a reader that has seen
@@ -116,13 +118,13 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
     so_far = max(found[0].value, found[0].highest or 0)
     numbered = sorted(execute(session, _NUMBERED, {"so_far": so_far, "most": limit}).rows)
     execute(session, _COUNTED, {"until": so_far + len(numbered)})
-    _fan_out(session, numbered, subscriptions)
-    database.wake(session)
+    if _fan_out(session, numbered, subscriptions):
+        database.wake(session)
     return len(numbered)
 
 
-def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:
-    """Insert a dispatch for every event that an enabled sink wants, in the order of the events."""
+def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> bool:
+    """Insert a dispatch for every event that an enabled sink wants, in the order of the events. False: none does."""
     of_clients = [each.names for each in subscriptions if each.of_clients]
     asked = {task_id for _, _, name, task_id in numbered if task_id and any(name in names for names in of_clients)}
     clients = set(run(session, _WITH_CLIENT, {"asked": list(asked)}).scalars()) if asked else set()
@@ -134,6 +136,7 @@ def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[
     ]
     if wanted:
         _insert_dispatches(session, wanted)
+    return bool(wanted)
 
 
 def _insert_dispatches(session: Session, wanted: Sequence[tuple[str, int, uuid.UUID | None]]) -> None:

@@ -112,6 +112,19 @@ def test_archived_asset_row_describes_its_object(parts: Parts, sandbox: Sandbox)
     assert event_names(parts.database, task)[-2:] == ["asset.archived", "task.archived"]
 
 
+def test_of_the_pictures_of_a_task_the_last_one_wakes_workers(parts: Parts, sandbox: Sandbox) -> None:
+    """Nothing is due after the others, and a wake-up is a check in every worker."""
+    with_due_assets(parts, sandbox, pictures=2)
+    parts.worker()  # from now on, groups of writes number their events
+    wakes = list[bool]()
+    for _ in range(2):
+        row = claim(parts)
+        parts.database.woken.clear()
+        work(parts, row)
+        wakes.append(parts.database.woken.is_set())
+    assert wakes == [False, True]
+
+
 def test_worker_that_takes_over_finds_the_object_and_downloads_nothing(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     run(parts, "assets")

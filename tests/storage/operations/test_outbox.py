@@ -154,6 +154,37 @@ def test_numbering_does_not_wait_for_another_process(database: Database) -> None
     assert outbox.sequence_all(database, []) == 1
 
 
+def wakes(database: Database, *subscriptions: Subscription, count: int = 1) -> bool:
+    """Whether a group of writes that records that many events wakes workers."""
+    with database.write() as session:
+        for _ in range(count):
+            record(session, EventName.ASSET_ARCHIVED, None)
+        session.flush()
+        outbox.sequence_recorded(database, session, subscriptions)
+        return database.wakes(session)
+
+
+def test_events_wake_workers_for_a_sink_that_wants_them(database: Database) -> None:
+    assert not wakes(database)
+    assert not wakes(database, Subscription("other", frozenset({"task.archived"})))
+    assert wakes(database, HOOK)
+
+
+def test_events_that_still_have_no_number_wake_workers(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "GROUP_BATCH", 2)
+    assert wakes(database, count=3) and not wakes(database, count=0)
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)  # SQLite has one writer at a time
+def test_events_wake_workers_while_another_process_gives_numbers(database: Database) -> None:
+    assert not wakes(database)
+    with database.write() as other:
+        record(other, EventName.TASK_CREATED, None)
+        other.flush()
+        assert outbox.sequence(database, other, []) == 1
+        assert wakes(database)
+
+
 # -- each sink's queue ------------------------------------------------------------------------------------------------
 
 
