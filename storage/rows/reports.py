@@ -225,9 +225,7 @@ _BLANK = Asset.model_construct().model_dump()
 
 def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime) -> datetime:
     """The expiry in the URL, else the lifetime from the task's end as the provider reports it (never after now)."""
-    ended = now
-    if report.updated_ms is not None:
-        ended = min(now, datetime.fromtimestamp(report.updated_ms / 1000, UTC))
+    ended = now if report.updated_ms is None else min(now, datetime.fromtimestamp(report.updated_ms / 1000, UTC))
     return schedule.url_expiry(url) or ended + timedelta(seconds=schedule.result_lifetime_seconds)
 
 

@@ -54,7 +54,7 @@ STATES = {
 }
 
 # Signed URLs give their expiry in Unix seconds, decimal (observed) or hexadecimal (third). Other numbers are no times.
-EXPIRY_PARAMETERS = (("Expires", 10), ("ksTime", 16))
+EXPIRY_PARAMETERS = (("Expires", re.compile("[0-9]{8,10}"), 10), ("ksTime", re.compile("[0-9a-fA-F]{8,10}"), 16))
 EXPIRY_RANGE = (1_577_836_800, 4_102_444_800)  # 2020-01-01 .. 2100-01-01
 
 
@@ -189,7 +189,7 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def _entries(value: Any) -> Entries:
-    return [*map(_object, value)] if isinstance(value, list) else []
+    return [*map(_object, value)] if isinstance(value, list) and len(value) <= MAX_ENTRIES else []
 
 
 def usable_id(value: Any) -> str | None:
@@ -221,10 +221,8 @@ def _units(record: Mapping[str, Any]) -> str | None:
     """The cost of the task: the old shape's field, or the sum of the new shape's unit charges."""
     if _amount(record.get("final_unit_deduction")) is not None:
         return str(record["final_unit_deduction"])
-    bills = record.get("billing")
-    charges = [_object(bill) for bill in bills] if isinstance(bills, list) and len(bills) <= MAX_ENTRIES else []
-    amounts = [_amount(charge.get("amount")) for charge in charges if charge.get("charge_type") == "unit"]
-    known = [amount for amount in amounts if amount is not None]
+    charges = [bill.get("amount") for bill in _entries(record.get("billing")) if bill.get("charge_type") == "unit"]
+    known = [amount for amount in map(_amount, charges) if amount is not None]
     return str(sum(known)) if known else None
 
 
@@ -239,10 +237,8 @@ def url_expiry(url: str) -> datetime | None:
         query = parse_qs(urlsplit(url).query, max_num_fields=100)
     except ValueError:
         return None
-    for name, base in EXPIRY_PARAMETERS:
+    for name, digits, base in EXPIRY_PARAMETERS:
         for value in query.get(name, ()):
-            if re.fullmatch("[0-9a-fA-F]{8,10}", value) and (base == 16 or value.isdigit()):
-                seconds = int(value, base)
-                if EXPIRY_RANGE[0] <= seconds <= EXPIRY_RANGE[1]:
-                    return datetime.fromtimestamp(seconds, UTC)
+            if digits.fullmatch(value) and EXPIRY_RANGE[0] <= int(value, base) <= EXPIRY_RANGE[1]:
+                return datetime.fromtimestamp(int(value, base), UTC)
     return None
