@@ -208,7 +208,6 @@ class Archiver:
             notes=asset.notes, **USABLE,
         )  # fmt: skip
         record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
-        task.archive = states.reopened(task.archive)
         self._look_at_task(session, task)
 
     def _interrupted(self, asset: Asset, error: Retry) -> None:
@@ -265,7 +264,6 @@ class Archiver:
                 claims.settle(session, asset, due_in=None, state=AssetState.FAILED, **values, **USABLE)
                 fact = {"kind": asset.kind, "index": asset.index, "error": reason}
                 record(session, EventName.ASSET_FAILED, asset.task_id, fact)
-                task.archive = states.reopened(task.archive)
                 self._look_at_task(session, task)
                 self._database.wake(session)  # for the event
         except LostClaim:
@@ -314,6 +312,7 @@ class Archiver:
         """Make the finish due if this was the last asset. A finish under way started from older rows. A read under way,
         or one that another asset's dead URL requested, is not changed: it checks the finish itself.
         """
+        task.archive = states.reopened(task.archive)
         if (task.lease is None or task.step is Step.FINISH) and not reports.waits_for(session, task, states.READ_NOW):
             reports.reschedule(session, task, self._schedule)
         tasks.save(session, task)
