@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import rfc8785
@@ -70,6 +69,9 @@ MAX_DEPTH = 100
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 # In what `_JSON` wrote: every number with a fraction or an exponent, and rarely a text.
 FRACTION = re.compile(r'(?:":|[\[,])-?[0-9]+[.e]')
+# A URL's scheme, and the rest without user name and query. Line ends in a URL are ignored, as every client does.
+URL = re.compile(r"[\x00-\x20]*(https?):(?://)?(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
+LINE_ENDS = dict.fromkeys(map(ord, "\t\r\n"))
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 
@@ -316,12 +318,5 @@ def without_signatures(value: Any) -> Any:
 
 def _without_query(text: str) -> str:
     text = text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8 form
-    if "://" not in text:
-        return text
-    try:
-        parts = urlsplit(text.strip())
-    except ValueError:
-        return text.split("?")[0].split("#")[0]
-    if parts.scheme not in ("http", "https"):
-        return text
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    found = URL.match(text.translate(LINE_ENDS).strip()) if "://" in text else None
+    return f"{found[1].lower()}://{found[2]}" if found else text

@@ -167,16 +167,17 @@ class Connections:
 
     def _kept(self, origin: Origin) -> GuardedStream | None:
         """The last kept connection to `origin` that the host has not closed. Those kept too long are closed."""
-        with self._lock:
-            while self._idle and self._idle[0][0] < time.monotonic():
-                self._idle.pop(0)[2].close()
-            for each in reversed(self._idle):
-                if each[1] == origin:
-                    self._idle.remove(each)
-                    if not each[2].has_ended():
-                        return each[2]
-                    each[2].close()
-        return None
+        while True:
+            with self._lock:
+                while self._idle and self._idle[0][0] < time.monotonic():
+                    self._idle.pop(0)[2].close()
+                found = next((each for each in reversed(self._idle) if each[1] == origin), None)
+                if found is None:
+                    return None
+                self._idle.remove(found)
+            if not found[2].has_ended():  # a system call: within the lock, every other thread would wait for it
+                return found[2]
+            found[2].close()
 
     def _answer(self, stream: GuardedStream, request: Request) -> Response:
         """Send the request and read the head, by ourselves if it is plain, else httpcore reads the same bytes."""

@@ -181,7 +181,16 @@ class GuardedStream(httpcore.NetworkStream):
         """Read into `buffer`, or write it, as much as goes at once; wait within the deadline until some does."""
         deadline, (timed_out, broke) = current_deadline(), FAULTS[direction]
         seconds, started = deadline.allow(timeout), time.monotonic()
+        wanted = READ if direction == READ and not self._head_bytes else 0  # a response is never there at once
         while True:
+            if wanted:
+                left = started + seconds - time.monotonic()
+                if left <= 0:
+                    deadline.allow(timeout)
+                    raise timed_out
+                ready = select.poll()
+                ready.register(self._socket, wanted)
+                ready.poll(left * 1_000)
             try:
                 count = self._socket.recv_into(buffer) if direction == READ else self._socket.send(buffer)
                 break
@@ -191,13 +200,6 @@ class GuardedStream(httpcore.NetworkStream):
                 wanted = WRITE
             except OSError as error:
                 raise broke(message(error)) from error
-            left = started + seconds - time.monotonic()
-            if left <= 0:
-                deadline.allow(timeout)
-                raise timed_out
-            ready = select.poll()
-            ready.register(self._socket, wanted)
-            ready.poll(left * 1_000)
         if direction == READ:
             count += self._more_records(buffer[count:]) if self._is_tls and count else 0
             self.ended = not count

@@ -123,6 +123,13 @@ def test_manifest_holds_urls_without_signature() -> None:
     assert manifest.without_signatures("a boat? see below") == "a boat? see below"
 
 
+def test_manifest_holds_urls_without_user_name() -> None:
+    links = ("https://me:secret@h/a.png", "HTT\tP://me:secret@[h/a.png?x", "https://me:secret@a.example:x/a.png")
+    assert [manifest.without_signatures(link) for link in links] == [
+        "https://h/a.png", "http://[h/a.png", "https://a.example:x/a.png",
+    ]  # fmt: skip
+
+
 def test_rebuild_restores_notes_about_a_file(parts: Parts) -> None:
     (task,) = archive(parts, 1)
     (facts,) = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), 2**20))["assets"]
