@@ -133,7 +133,7 @@ def refused_settings(error: config.SettingsInvalid) -> Iterator[Result]:
 
 
 def environment(*, read: bool = True) -> Iterator[Result]:
-    """Check that a setting reads every RECEIVER_ variable of the environment."""
+    """Check that a setting reads every RECEIVER_ variable of the environment, and that every line of `.env` counts."""
     unknown = config.unknown_variables()
     for name in unknown:
         nearest = config.nearest_variable(name)
@@ -141,6 +141,12 @@ def environment(*, read: bool = True) -> Iterator[Result]:
         status = Status.FAULT if nearest else Status.NOTE
         advice = f"{nearest} is the nearest there is" if nearest else "correct its name, or remove it"
         yield Result("settings", status, f"nothing reads {name}", advice)
+    if overridden := config.overridden_lines():
+        line = f"the environment has other values than .env, and wins: {', '.join(overridden)}"
+        yield Result("settings: .env", Status.NOTE, line, "if .env is meant, unset them or open a new terminal")
+    if unexported := config.unexported_lines():
+        line = f"boto3 and OpenSSL read the environment, not .env: {', '.join(unexported)}"
+        yield Result("settings: not exported", Status.NOTE, line, "export them")
     if read and not unknown:
         path = env_file.find()
         yield Result("settings", Status.OK, f"complete; {path} was read" if path else "complete")

@@ -49,6 +49,9 @@ from storage.fetch.addresses import AddressPolicy, host_of
 PREFIX = setting_faults.PREFIX
 OWN_BUCKET = "pictures"  # bucket of the store that we run ourselves, unless another is set
 
+# What boto3 and OpenSSL read from the environment alone.
+OF_LIBRARIES = re.compile(r"AWS_[A-Z0-9_]+|HTTPS?_PROXY|NO_PROXY|SSL_CERT_(FILE|DIR)")
+
 PATHS = frozenset({"spool_dir", "store", "console_thumbnail_dir"})
 
 
@@ -330,14 +333,32 @@ def _no_setting(name: str) -> str:
 
 def unknown_variables() -> list[str]:
     """RECEIVER_… variables in the environment or in `.env` that no setting reads, most often misspelt."""
-    try:
-        _check_env_file()
-        written = DotEnvSettingsSource(Settings).env_vars
-    except SettingsInvalid:
-        written = {}
-    given = {*os.environ, *(name.upper() for name in written)}
-    names = (name for name in given if name.startswith(PREFIX))
+    names = (name for name in {*os.environ, *_env_file_lines()} if name.startswith(PREFIX))
     return sorted(name for name in names if name.removesuffix("_FILE") not in _variables())
+
+
+def overridden_lines() -> list[str]:
+    """The settings in `.env` for which the environment has another value. A `NAME_FILE` counts as another value."""
+    found = []
+    for name, value in _env_file_lines().items():
+        setting = name.removesuffix("_FILE")
+        wins = next((each for each in (setting, f"{setting}_FILE") if os.environ.get(each)), None)
+        if value and wins and setting in _variables() and (wins, os.environ[wins]) != (name, value):
+            found.append(name)
+    return sorted(found)
+
+
+def unexported_lines() -> list[str]:
+    """The variables of libraries that are in `.env`, which these do not read, and not so in the environment."""
+    lines = _env_file_lines().items()
+    return sorted(name for name, value in lines if OF_LIBRARIES.fullmatch(name) and os.environ.get(name) != value)
+
+
+def _env_file_lines() -> dict[str, str]:
+    """The variables of `.env`; empty if it cannot be used."""
+    if env_file.find() is None or env_file.fault():
+        return {}
+    return {name.upper(): value or "" for name, value in DotEnvSettingsSource(Settings).env_vars.items()}
 
 
 def nearest_variable(name: str) -> str | None:

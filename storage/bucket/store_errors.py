@@ -90,7 +90,7 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
     if isinstance(error, boto_errors.ClientError):
         return f"{store} {_reason(error)} (bucket {bucket}, {code(error)}, HTTP {status(error)})"
     if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
-        return "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return "no credentials for the bucket: export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (.env does not count)"
     if is_untrusted(error):
         return f"{store} has a certificate that is not trusted: set AWS_CA_BUNDLE to the file of the CA that signed it"
     if isinstance(error, boto_errors.ProxyConnectionError):

@@ -146,7 +146,7 @@ def test_wrong_s3_key_is_a_fault_with_its_remedy(
 def test_missing_s3_key_is_a_fault_with_its_remedy(look_at_all: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    says = "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: "
+    says = "no credentials for the bucket: export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (.env does not count): "
     assert faults(look_at_all()) == {"bucket": says}
 
 
@@ -305,6 +305,33 @@ def test_unknown_variable_of_the_env_file_is_named(look: Look, tmp_path: Path) -
     (tmp_path / ".env").write_text("RECEIVER_S3_BUKET=pictures\nOTHER=1\nRECEIVER_S3_BUCKET=pictures\n")
     found = look()
     assert (found["settings"].status, found["settings"].line) == (Status.FAULT, "nothing reads RECEIVER_S3_BUKET")
+
+
+def test_lines_of_the_env_file_that_the_environment_overrides_are_named_without_values(
+    look: Look, nothing_set: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lines = {"KLING_API_KEY": "of-the-file", "S3_BUCKET": "pictures", "API_KEYS": "a" * 24, "PORT": "1", "HOST": ""}
+    (tmp_path / ".env").write_text("".join(f"RECEIVER_{name}={value}\n" for name, value in lines.items()))
+    (tmp_path / "keys").write_text("b" * 24)
+    environment = {"KLING_API_KEY": "of-the-shell", "S3_BUCKET": "pictures", "API_KEYS_FILE": "keys", "HOST": "h"}
+    for name, value in environment.items():
+        nothing_set.setenv(f"RECEIVER_{name}", value)
+    found = look()["settings: .env"]
+    assert (found.status, found.line.partition("wins: ")[2]) == (
+        Status.NOTE,
+        "RECEIVER_API_KEYS, RECEIVER_KLING_API_KEY",
+    )
+    assert "of-the-" not in f"{found}"
+
+
+def test_variables_of_boto3_in_the_env_file_are_named(
+    look: Look, nothing_set: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "settings: not exported" not in look()
+    (tmp_path / ".env").write_text("AWS_ACCESS_KEY_ID=id\nAWS_PROFILE=kept\nSSL_CERT_FILE=ca.pem\nOTHER=1\n")
+    nothing_set.setenv("AWS_PROFILE", "kept")
+    found = look()["settings: not exported"]
+    assert found.line.endswith("not .env: AWS_ACCESS_KEY_ID, SSL_CERT_FILE")
 
 
 def test_the_file_of_a_secret_may_be_named_in_the_file(nothing_set: pytest.MonkeyPatch, tmp_path: Path) -> None:
