@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -311,8 +312,13 @@ def work(parts: Parts, *, supervised: bool) -> None:
     narrow_files(parts)
     sweep(settings.spool_dir)
     worker = parts.worker()
+    # Ctrl-C sends SIGINT to the whole group, and the supervisor SIGTERM at once. The second one interrupted the first's
+    # `stop` while it held an event's lock, and waited for that lock until the worker was killed 30 s later. A handler
+    # may always call this queue's `put`.
+    signals = SimpleQueue[int]()
     for number in ending_signals():
-        signal.signal(number, lambda *_: worker.stop())
+        signal.signal(number, lambda number, _: signals.put(number))
+    threading.Thread(target=_stop_after_signal, args=(signals, worker.stop), daemon=True).start()
     if supervised:
         threading.Thread(target=_watch_parent, args=(worker.stop,), daemon=True).start()
     log.info("worker.started", threads=settings.worker_threads)
@@ -332,6 +338,11 @@ def work_once(parts: Parts) -> int:
     while done := worker.run_until_idle() + worker.run_quarantined() + parts.sequence():
         count += done
     return count
+
+
+def _stop_after_signal(signals: SimpleQueue[int], stop: Callable[[], None]) -> None:
+    signals.get()
+    stop()
 
 
 def _watch_parent(stop: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,13 +150,13 @@ def _knobs(values: dict[str, Any]) -> Knobs:
 def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
     """Serve until SIGINT or SIGTERM."""
     import signal
-    import threading
+    from queue import Empty, SimpleQueue
 
     from receiver.sandbox import Sandbox
 
-    ended = threading.Event()
+    signals = SimpleQueue[int]()  # not an Event, whose lock the interrupted thread may hold
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+        signal.signal(number, lambda number, _: signals.put(number))
     try:
         server = Sandbox(host=host, port=port, knobs=knobs).start()
     except ValueError:
@@ -169,8 +170,10 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
         for name, value in _settings(server, knobs).items():
             say(f"export {name}={value}")
         say("", "Ctrl-C ends it.")
-        while not ended.wait(CTRL_C_INTERVAL_SECONDS):
-            pass  # polls, because another thread may receive the signal
+        while True:  # polls, because another thread may receive the signal
+            with suppress(Empty):
+                signals.get(timeout=CTRL_C_INTERVAL_SECONDS)
+                break
     finally:
         server.stop()
 

@@ -142,3 +142,20 @@ def test_full_disk_behind_the_log_ends_no_process(settings: dict[str, str], tmp_
     with serving(settings, tmp_path, log=Path("/dev/full")) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(EXIT_SECONDS) == 0
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_signals_that_come_while_another_is_handled_end_a_worker_once(
+    settings: dict[str, str], parts: Parts, tmp_path: Path
+) -> None:
+    log = tmp_path / "work.log"
+    process = Forked(("work",), {**os.environ, **settings}, tmp_path, out=log)
+    try:
+        wait_until(lambda: log.exists() and "worker.started" in log.read_text(), seconds=40)
+        for number in range(2_000):  # Ctrl-C sends one to the group, and the supervisor another to its workers
+            process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
+        assert process.wait(EXIT_SECONDS / 2) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert log.read_text().count("worker.stopped") == 1
