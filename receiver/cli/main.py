@@ -16,8 +16,9 @@ with collector_paused():  # collections over the imports were a sixth of `--help
     import typer
 
     from receiver.base.visible import visible
-    from receiver.cli import archive, batch, check, events, operate, sandbox, serve, status, submit
+    from receiver.cli import archive, batch, check, events, operate, serve, status, submit
     from receiver.cli.terminal import say
+    from receiver.cli.trial import demo, sandbox
 
 app = typer.Typer(
     name="receiver",
@@ -31,7 +32,7 @@ app = typer.Typer(
     "New here? `receiver demo` shows everything working on this machine, without an account.",
 )
 VERBS: tuple[Callable[..., None], ...] = (
-    *(serve.serve, serve.work, submit.submit, status.status, check.check, serve.migrate, sandbox.sandbox, sandbox.demo),
+    *(serve.serve, serve.work, submit.submit, status.status, check.check, serve.migrate, sandbox.sandbox, demo.demo),
     *(operate.retry, operate.replay, operate.reconcile, operate.adopt, operate.dismiss, operate.prune),
     *(archive.audit, archive.rebuild, archive.export, archive.delete),
 )
