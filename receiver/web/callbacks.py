@@ -77,7 +77,10 @@ THREADS = 4
 # The interval after which the account URL is checked again for room for evidence of wrong signatures.
 RECHECK_SECONDS = 10.0
 # Headers stored beside the body to tell senders apart. Every other header may contain a secret.
-KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
+KEPT_HEADERS = {
+    name.encode(): name
+    for name in ("content-type", "content-encoding", "user-agent", "webhook-id", "webhook-timestamp")
+}
 # Stored for a refused delivery too, so that `receiver replay` can verify it once the right secret is set. The signature
 # is no secret: it signs this body alone, and is valid for minutes.
 SIGNATURE_HEADER = "webhook-signature"

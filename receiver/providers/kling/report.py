@@ -58,6 +58,8 @@ EXPIRY_PARAMETERS = (("Expires", re.compile("[0-9]{8,10}"), 10), ("ksTime", re.c
 EXPIRY_RANGE = (1_577_836_800, 4_102_444_800)  # 2020-01-01 .. 2100-01-01
 
 
+# The first bytes of a gzip file. No provider is known to compress callbacks.
+GZIP = b"\x1f\x8b"
 _DECODER = json.JSONDecoder(
     parse_int=lambda digits: int(digits) if len(digits) <= 20 else None,
     parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,
@@ -88,6 +90,8 @@ def record_in(body: bytes) -> dict[str, Any]:
     try:
         record = find_record(loads(body))
     except (ValueError, RecursionError) as error:
+        if body.startswith(GZIP):
+            raise ReportUnreadable("compressed with gzip, which is not undone") from None
         raise ReportUnreadable(f"not readable as JSON ({type(error).__name__})") from None
     if record is None:
         raise ReportUnreadable("no task in it: neither task_id nor id with a status")

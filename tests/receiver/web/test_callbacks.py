@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import http.client
 import json
 import socket
@@ -200,6 +201,16 @@ def test_unreadable_body_is_200_and_stored_as_unreadable(body: bytes, web: Web, 
     run(parts, "callbacks")
     (row,) = callbacks_of(parts)
     assert (row.state, row.body) == (CallbackState.UNREADABLE, body)
+
+
+@ON_SQLITE
+def test_compressed_body_is_200_and_its_row_says_so(web: Web, parts: Parts) -> None:
+    body = gzip.compress(BODY)
+    assert post(web, path_of(parts, insert_row(parts)), body, content_encoding="gzip").status_code == 200
+    run(parts, "callbacks")
+    (row,) = callbacks_of(parts)
+    assert (row.state, row.body) == (CallbackState.UNREADABLE, body)
+    assert (row.reason, row.headers["content-encoding"]) == ("compressed with gzip, which is not undone", "gzip")
 
 
 @ON_SQLITE
