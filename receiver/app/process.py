@@ -30,6 +30,7 @@ from receiver.base.collector import collector_paused, spare_imports
 from receiver.base.config import Settings
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from receiver.workers.supervisor import Supervisor, SupervisorProcess
+from receiver.workers.worker import TooFewThreads
 from storage.database import checkpoints
 from storage.database.sessions import Database
 from storage.database.urls import place
@@ -322,11 +323,16 @@ def work(parts: Parts, *, supervised: bool) -> None:
     if supervised:
         threading.Thread(target=_watch_parent, args=(worker.stop,), daemon=True).start()
     log.info("worker.started", threads=settings.worker_threads)
-    with checkpoints.beside(parts.database):
-        worker.run()
+    code = 0
+    try:
+        with checkpoints.beside(parts.database):
+            worker.run()
+    except TooFewThreads as error:
+        log.error("worker.not_started", error=str(error))
+        code = 1
     # A download that exceeds the grace time runs in a thread that cannot be stopped. Its row was released.
     logging.shutdown()  # writes the log lines that wait
-    os._exit(0)
+    os._exit(code)
 
 
 def work_once(parts: Parts) -> int:

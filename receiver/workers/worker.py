@@ -33,7 +33,7 @@ from receiver.workers.wake_ups import WakeUps
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Grant
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
+from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable, UserError
 from storage.operations import heartbeats
 from storage.rows import claims
 
@@ -59,6 +59,10 @@ BUG_CAP_SECONDS = 3_600.0
 DATABASE_AWAY_SECONDS = 1.0
 NOTHING = Grant(0)
 QUARANTINE = "quarantine"  # the name of its thread's wait
+
+
+class TooFewThreads(UserError):
+    """The system refused a thread. The process is to end, since its other threads would wait for ever."""
 
 
 class Worker:
@@ -118,8 +122,11 @@ class Worker:
         feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
         at_group_end = self._database.at_group_end
         self._database.at_group_end = lambda session: at_group_end(session) or self._group_claims.claim(session)
-        for thread in [*threads, *feeders]:
-            thread.start()
+        try:
+            for thread in [*threads, *feeders]:
+                thread.start()
+        except RuntimeError as error:
+            raise TooFewThreads(f"{error}: raise the limit of processes or threads (pids_limit, TasksMax)") from error
         for thread in feeders:
             while thread.is_alive():
                 thread.join(SIGNAL_SECONDS)

@@ -34,6 +34,20 @@ BODY_SECONDS = {"receiver.web.callbacks:BODY_SECONDS": 1.0}
 EXIT_SECONDS = 40
 
 
+class FewThreads:
+    """In place of `threading` in a worker: the system allows two of the threads that claim rows."""
+
+    Event, Lock, Condition = threading.Event, threading.Lock, threading.Condition
+    started = 0
+
+    class Thread(threading.Thread):
+        def start(self) -> None:
+            FewThreads.started += self.name.startswith("feed-")
+            if FewThreads.started > 2:
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+
 @contextmanager
 def serving(settings: dict[str, str], folder: Path, log: Path | None = None) -> Iterator[Forked]:
     """`receiver serve` with one worker process, ready; killed at the end if it still runs."""
@@ -159,3 +173,16 @@ def test_signals_that_come_while_another_is_handled_end_a_worker_once(
         process.kill()
         process.wait()
     assert log.read_text().count("worker.stopped") == 1
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_worker_that_gets_too_few_threads_ends_with_a_line(settings: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "work.log"
+    few = {"receiver.workers.worker:threading": FewThreads}
+    process = Forked(("work",), {**os.environ, **settings}, tmp_path, out=log, constants=few)
+    try:
+        assert process.wait(EXIT_SECONDS / 2) == 1
+    finally:
+        process.kill()
+        process.wait()
+    assert "worker.not_started" in log.read_text() and "pids_limit" in log.read_text()
