@@ -203,7 +203,7 @@ class LogStream:
         self._is_torn = False  # whether the last line was cut, by a full disk
         try:
             self._descriptor: int | None = stream.fileno()
-            self._is_pipe = stat.S_ISFIFO(os.fstat(self._descriptor).st_mode)
+            self._is_pipe = hasattr(os, "RWF_NOWAIT") and stat.S_ISFIFO(os.fstat(self._descriptor).st_mode)  # on Linux
         except OSError:  # it is in memory
             self._descriptor = None
         self.begin_in_child()

@@ -125,6 +125,27 @@ def test_line_does_not_wait_for_room_that_another_process_took(
     assert (lines_in(pipe[0], 1), was_waiting) == (["line"], False)
 
 
+def test_system_without_writes_that_never_wait_takes_a_look(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "RWF_NOWAIT")  # macOS
+    log = LogStream(pipe[1])
+    log.write("line\n")
+    assert (log.dropped, lines_in(pipe[0], 1)) == (0, ["line"])
+
+
+def test_kernel_that_refuses_writes_that_never_wait_takes_a_look(
+    pipe: tuple[int, TextIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    log = LogStream(pipe[1])
+    log.write("line\n")
+    assert (log.dropped, lines_in(pipe[0], 1)) == (0, ["line"])
+
+
 def test_long_line_is_whole(pipe: tuple[int, TextIO]) -> None:
     log = LogStream(pipe[1])
     log.write("y" * 100_000 + "\n")
