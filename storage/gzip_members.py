@@ -1,4 +1,4 @@
-"""A body that a host sent with gzip: its members decoded one after the other, within bounds of memory and CPU."""
+"""A body that a host sent with a coding that was not requested: gzip is decoded within bounds of memory and CPU."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ CODED_BYTES = 16 * 1024
 # 256 MiB in the members of 65,280 bytes that bgzip writes. Empty members add nothing to the size that is checked, and
 # so many of them cost 4 ms of CPU.
 MAX_GZIP_MEMBERS = 4_200
+# Registered content codings (IANA). Other values say nothing about the bytes: uploaders set `UTF-8` or `aws-chunked`,
+# and stores return it.
+CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
+GZIP = frozenset({"gzip", "x-gzip"})
+
+
+def codings(content_encoding: str) -> list[str]:
+    """The codings that a Content-Encoding header names, in the order in which they were applied."""
+    words = (word.strip().lower() for word in content_encoding.split(","))
+    return [word for word in words if word in CODINGS]
+
+
+def without_codings(blocks: Iterable[bytes | memoryview], content_encoding: str) -> Iterable[bytes | memoryview]:
+    """The content of a body. One layer of gzip is decoded; anything else raises `FetchUnusable`.
+
+    Nested layers multiply: 4 kB of `gzip, gzip` hold gigabytes, and the inner layer would be decoded in one piece.
+    """
+    found = codings(content_encoding)
+    if not found:
+        return blocks
+    if len(found) == 1 and found[0] in GZIP:
+        return decoded(blocks)
+    raise FetchUnusable("sent with a Content-Encoding although none was requested")
 
 
 def decoded(blocks: Iterable[bytes | memoryview]) -> Iterator[bytes]:

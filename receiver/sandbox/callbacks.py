@@ -25,6 +25,8 @@ HEADERS = {
 # What Java's HttpClient and `curl --http2` add (RFC 7540 §3.2); the settings are empty.
 HTTP2_OFFER = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
 MAX_AT_ONCE = 32
+# A short answer is read to its end, undecoded, so that its connection is kept.
+MAX_ANSWER_BYTES = 64 * 1024
 
 
 def signed_headers(callback: Callback, secrets: Sequence[str], now: datetime) -> dict[str, str]:
@@ -78,7 +80,15 @@ class Sender:
         headers |= HTTP2_OFFER if knobs.callback_offers_http2 else {}
         try:
             async with asyncio.timeout(knobs.callback_timeout_seconds):
-                answer = await self._client.post(callback.url, content=callback.body, headers=headers)
+                sent = self._client.stream("POST", callback.url, content=callback.body, headers=headers)
+                async with sent as answer:
+                    await _read_a_little(answer)
         except Exception as error:  # noqa: BLE001 - a listener killed meanwhile shows as an AttributeError of asyncio's
             return Attempt(at_ms, None, type(error).__name__)
         return Attempt(at_ms, answer.status_code)
+
+
+async def _read_a_little(answer: httpx.Response) -> None:
+    async for _ in answer.aiter_raw():
+        if answer.num_bytes_downloaded > MAX_ANSWER_BYTES:
+            return

@@ -13,16 +13,12 @@ from typing import BinaryIO
 
 from storage.errors import FetchTooLarge, FetchUnusable
 from storage.fetch import media_types
-from storage.gzip_members import decoded
+from storage.gzip_members import codings, without_codings
 from storage.http.client import Block, Response, declared_length
 from storage.http.connection import read_buffer
 from storage.http_date import http_date
 from storage.spool import spool_with_room
 
-# Registered content codings (IANA). Other values say nothing about the bytes: uploaders set `UTF-8` or `aws-chunked`,
-# and stores return it.
-CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
-GZIP = frozenset({"gzip", "x-gzip"})
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", re.I)
 
 
@@ -65,7 +61,7 @@ class Body:
         Raises `FetchUnusable`, `FetchTooLarge` and the errors of reading a block.
         """
         headers = response.headers
-        declared, coded = response.length, bool(_codings(headers))
+        declared, coded = response.length, bool(codings(headers.get("content-encoding", "")))
         if response.status == 206:
             self._begin_part(headers)
         else:  # After a break it is the whole file again, and this host's ranges are not used any more.
@@ -100,7 +96,12 @@ class Body:
         if validator is not None:
             # A host that ignores If-Range names no validator, or another one.
             same = validator in (headers.get("etag"), headers.get("last-modified"))
-            if part is None or part != (self.size, self._total) or not same or _codings(headers):
+            if (
+                part is None
+                or part != (self.size, self._total)
+                or not same
+                or codings(headers.get("content-encoding", ""))
+            ):
                 raise FetchUnusable("answered 206 with another part than requested")
             self._parts += 1
             return
@@ -133,32 +134,27 @@ def _validator(headers: Mapping[str, str]) -> str | None:
     return headers["last-modified"] if date - modified >= 1 else None
 
 
-def _codings(headers: Mapping[str, str]) -> list[str]:
-    words = (word.strip().lower() for word in headers.get("content-encoding", "").split(","))
-    return [word for word in words if word in CODINGS]
-
-
 def _decoded(blocks: Iterator[Block], headers: Mapping[str, str], notes: list[str]) -> Iterator[Block]:
     """The body without its content coding, although none was requested.
 
     gzip is decoded. A body that begins as a picture is taken as not coded, whatever the header says. After a wrong
     guess the file fails `media_types.inspect`.
     """
-    if headers.get("content-encoding", "").strip().lower() in ("", "identity"):
+    content_encoding = headers.get("content-encoding", "").strip().lower()
+    if content_encoding in ("", "identity"):
         yield from blocks
         return
-    codings, head = _codings(headers), b""
-    while codings and len(head) < media_types.HEAD_BYTES and (block := next(blocks, b"")):
+    is_coded, head = bool(codings(content_encoding)), b""
+    while is_coded and len(head) < media_types.HEAD_BYTES and (block := next(blocks, b"")):
         head += block
     blocks = itertools.chain([head], blocks)
-    if not codings:
+    if not is_coded:
         notes.append("Content-Encoding names no coding")
         yield from blocks
     elif media_types.sniff(head):
         notes.append("coded only according to Content-Encoding")
         yield from blocks
-    elif len(codings) == 1 and codings[0] in GZIP:
-        notes.append("decoded from gzip")
-        yield from decoded(blocks)
     else:
-        raise FetchUnusable("sent with a Content-Encoding although none was requested")
+        content = without_codings(blocks, content_encoding)
+        notes.append("decoded from gzip")
+        yield from content

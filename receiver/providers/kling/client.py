@@ -49,12 +49,14 @@ from storage.circuit import Circuit
 from storage.egress import EgressProxy
 from storage.errors import (
     AccountRefused,
+    FetchUnusable,
     ProviderRejected,
     ProviderThrottled,
     ReportUnreadable,
     UserError,
 )
 from storage.fetch import connection
+from storage.gzip_members import without_codings
 from storage.http_date import http_date
 from storage.states import Report
 
@@ -255,14 +257,16 @@ class Kling:
             raise Unavailable(f"no connection to the provider ({reason})", sent=False) from None
         except httpx.HTTPError as error:
             raise Unavailable(f"the connection broke ({type(error).__name__})") from None
+        except FetchUnusable as error:
+            raise Unavailable(f"the answer cannot be read: {error}") from None
         self._note_date(response.headers.get("date"))
         return self._answer(response, body)
 
     def _body(self, response: httpx.Response) -> bytes:
         body = bytearray()
         ends_at = time.monotonic() + self._timeout_seconds
-        for chunk in response.iter_bytes():
-            body += chunk
+        for block in without_codings(response.iter_raw(), response.headers.get("content-encoding", "")):
+            body += block
             if len(body) > MAX_ANSWER_BYTES:
                 raise Unavailable(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
             if time.monotonic() > ends_at:

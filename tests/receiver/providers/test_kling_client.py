@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import hashlib
 import hmac
 import json
 import socket
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -287,6 +290,43 @@ def test_an_answer_that_drips_is_cut_off(server: Scripted, make: Callable[..., K
     server.answer(drip)
     with pytest.raises(Unavailable, match=r"took longer|ReadTimeout"):
         create(make(timeout_seconds=0.5))
+
+
+def zeros(megabytes: int) -> bytes:
+    """So many MiB of zeros as gzip, made a MiB at a time."""
+    coder = zlib.compressobj(9, wbits=31)
+    return b"".join([coder.compress(bytes(2**20)) for _ in range(megabytes)] + [coder.flush()])
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"), [("gzip, gzip", gzip.compress(zeros(64))), ("x-gzip", zeros(64)), ("deflate", b"x")]
+)
+def test_a_coded_answer_takes_no_more_memory_than_its_bound(
+    server: Scripted, kling: Kling, coding: str, body: bytes
+) -> None:
+    """Accept-Encoding is `identity`. 4 kB of nested gzip hold gigabytes."""
+    server.answer(body, Content_Encoding=coding)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Unavailable, match=r"Content-Encoding|larger than") as caught:
+            create(kling)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.sent is True
+    assert peak_bytes < 4 * MAX_ANSWER_BYTES
+
+
+@pytest.mark.parametrize("coding", ["gzip", "X-Gzip"])
+def test_one_layer_of_gzip_is_decoded(server: Scripted, kling: Kling, coding: str) -> None:
+    server.answer(gzip.compress(json.dumps(OK_TASK).encode()), Content_Encoding=coding)
+    assert create(kling).provider_task_id == "9"
+
+
+@pytest.mark.parametrize("coding", ["identity", "UTF-8", "aws-chunked", ""])
+def test_a_name_that_is_no_coding_changes_nothing(server: Scripted, kling: Kling, coding: str) -> None:
+    server.answer(OK_TASK, Content_Encoding=coding)
+    assert create(kling).provider_task_id == "9"
 
 
 def test_a_failed_handshake_was_certainly_not_sent(server: Scripted, make: Callable[..., Kling]) -> None:

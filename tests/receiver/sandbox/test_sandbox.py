@@ -32,6 +32,7 @@ class Listener:
     def __init__(self) -> None:
         self.deliveries: list[tuple[dict[str, str], bytes]] = []
         self.statuses: list[int] = []
+        self.answer_coding = ""
         listener = self
 
         class Answering(BaseHTTPRequestHandler):
@@ -39,7 +40,10 @@ class Listener:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 listener.deliveries.append((dict(self.headers), body))
                 self.send_response(listener.statuses.pop(0) if listener.statuses else 200)
+                if listener.answer_coding:
+                    self.send_header("Content-Encoding", listener.answer_coding)
                 self.end_headers()
+                self.wfile.write(b"not coded")
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -336,6 +340,13 @@ def test_a_refused_callback_is_tried_again(api: httpx.Client, sandbox: Sandbox, 
     attempts = wait_until(lambda: [c.attempts for c in sandbox.ledger().callbacks if len(c.attempts) == 3])
     assert [attempt.http_status for attempt in attempts[0]] == [503, 302, 500]
     assert len(listener.deliveries) == 3
+
+
+def test_the_answer_to_a_callback_is_not_decoded(api: httpx.Client, sandbox: Sandbox, listener: Listener) -> None:
+    listener.answer_coding = "gzip, gzip"
+    create(api, callback_url=listener.url)
+    attempts = wait_until(lambda: [c.attempts for c in sandbox.ledger().callbacks if c.attempts])
+    assert attempts[0][0].http_status == 200, attempts
 
 
 def test_callbacks_lose_their_body_or_offer_http2(api: httpx.Client, sandbox: Sandbox, listener: Listener) -> None:
