@@ -132,6 +132,19 @@ def test_a_full_disk_behind_json_is_reported_in_one_line(ready: CommandLine, wor
     assert (code, err.read_text()) == (1, "standard output cannot be written: No space left on device\n")
 
 
+def test_submit_whose_output_cannot_be_written_names_the_task_that_was_paid(
+    ready: CommandLine, sandbox: Sandbox
+) -> None:
+    request = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    variables, err = {**environment, **ready.variables}, ready.folder / "err"
+    assert Forked(request, variables, ready.folder, out=Path("/dev/full"), err=err).wait(60) == 1
+    name = sandbox.ledger().tasks[0].external_task_id
+    assert f"the task is {name}; the same command with `--external-task-id {name}` sends" in err.read_text()
+    ready(*request, "--external-task-id", name)
+    assert len(sandbox.ledger().tasks) == 1
+
+
 def test_a_current_folder_that_was_removed_is_one_line(ready: CommandLine) -> None:
     shell = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
     words = (*shell, sys.executable, "-m", "receiver", "status")
