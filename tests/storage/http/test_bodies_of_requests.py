@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from storage.errors import FetchInterrupted
 from storage.http import connection
 from storage.http.client import Connections, Request
 from storage.http.connection import GuardedStream, TransferDeadline
+from tests.storage.fetch.test_client import tls as tls
 
 ORIGIN = ("http", "store.example", 80)
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -100,3 +103,38 @@ def test_header_that_would_be_another_request_is_not_sent(
     ):
         pass
     assert not pair[1].recv(100)
+
+
+def test_large_body_over_tls_arrives_whole_although_it_is_read_slowly(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    size, arrived = 3_000_000, bytearray()
+    body = os.urandom(size)
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with tls[0].wrap_socket(connection, server_side=True) as server:
+            for _ in range(2):
+                while not arrived.endswith(body) and (block := server.recv(65_536)):
+                    arrived.extend(block)
+                    time.sleep(0.001)
+                server.sendall(OK)
+                arrived.clear()
+
+    def connect(_: object) -> GuardedStream:
+        plain = socket.create_connection(listening.getsockname())
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        return GuardedStream(plain).start_tls(tls[1], "cdn.example.com", 5.0)
+
+    connections = Connections(connect, most=1, write_seconds=5.0, idle_seconds=4.0)
+    request = Request("PUT", ("https", "cdn.example.com", 443), "/b/k", {"Host": "a"}, lambda: [memoryview(body)])
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        limits = TransferDeadline(60.0, head_seconds=10.0, min_bytes_per_second=13_000, wait_seconds=5.0)
+        for _ in range(2):  # the second one over the same connection, because the server accepts one
+            with limits, connections.get(request) as response:
+                response.discard()
+            assert response.status == 200
+        connections.close()
+        thread.join(10)
