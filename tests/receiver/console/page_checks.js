@@ -51,10 +51,22 @@ function beyond() {
     .map((each) => each.outerHTML.slice(0, 80)).slice(0, 3);
 }
 
+// Fields and buttons that stick out of what is around them, and so cover the next one. A table scrolls.
+function spilling() {
+  return [...document.querySelectorAll("input, select, textarea, button, .button")].filter((each) => {
+    if (!each.checkVisibility() || !each.getClientRects().length || each.closest(".table, .hidden, .skip")) return false;
+    let box = each.parentElement;
+    while (getComputedStyle(box).display === "contents") box = box.parentElement;
+    const own = each.getBoundingClientRect(), around = box.getBoundingClientRect();
+    return own.right > around.right + 1 || own.left < around.left - 1;
+  }).map((each) => `spills: ${each.outerHTML.slice(0, 80)}`).slice(0, 3);
+}
+
 // A page is not wider than the window, and the menu is whole. On a phone it is one row.
 function brokenLayout() {
   const menu = document.querySelector(".rail");
   return [
+    ...spilling(),
     ...(document.documentElement.scrollWidth > innerWidth ? ["the page is wider than the window"] : []),
     ...(menu.scrollWidth > menu.clientWidth ? ["the menu is cut"] : []),
     ...(innerWidth < 400 && menu.getBoundingClientRect().height >= 60 ? ["the menu has two rows"] : []),

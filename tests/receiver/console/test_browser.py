@@ -31,7 +31,7 @@ from tests.webdriver import Browser, wait_until
 
 pytestmark = pytest.mark.skipif(not webdriver.is_installed() and "CI" not in os.environ, reason=webdriver.MISSING)
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
-WIDTHS = (360, 768, 3840, 1440) if "CI" in os.environ else (360, 1440)
+WIDTHS = (360, 768, 1280, 3840, 1440) if "CI" in os.environ else (360, 1280, 1440)
 UNFOLD = "for (const each of document.querySelectorAll('details:not(.menu)')) each.open = true;"
 # Outside CI axe-core runs here alone. No template but the three layouts (page, log-in, error) knows of the language.
 AXE = axe.script().read_text() if axe.script().exists() else ""
