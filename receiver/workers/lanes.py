@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from storage.accounts.slots import Slots
 from storage.circuit import Circuit
@@ -89,25 +90,31 @@ class PeriodicJob:
     due_if: Any = None
 
 
+class _Waiting(NamedTuple):
+    since: float
+    batch: list[Any]
+    begin: Callable[[], object]
+
+
 class Batches:
-    """The batches of a lane: those in progress, and those that wait for a thread (see `Lane.ahead`).
+    """The batches of a lane: those in progress, and those that wait for a place (see `Lane.ahead`).
 
     A lane works on as many batches at once as it has threads. A thread that waits for a commit lends its place, and
-    another one begins the next batch. Eight threads that archive small pictures were in such waits for 27 of 37
-    samples of a profile. Only the lane's feeder adds batches.
+    the next batch begins. Eight threads that archive small pictures were in such waits for 27 of 37 samples of a
+    profile. Only the lane's feeder adds batches.
     """
 
     def __init__(self, most_lent: int = 0) -> None:
         """`most_lent`: how many places may be lent at once. The lane needs as many threads more."""
         self.most_lent = most_lent
         self._threads = self._ahead = self._begun = self._lent = 0
-        self._waiting: dict[int, tuple[list[Any], float]] = {}
+        self._waiting: deque[_Waiting] = deque()  # oldest first
         self._lock = threading.Lock()
-        self._room, self._place = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
 
     def wait_for_room(self, threads: int, ahead: int, seconds: float) -> int:
-        """How many more batches there may be. Waits until no batch waits for a thread, and with `ahead` 0 until a
-        place is free.
+        """How many more batches there may be. Waits until no batch waits for a place, and with `ahead` 0 until one is
+        free.
 
         0: the time was over before that.
         """
@@ -118,23 +125,16 @@ class Batches:
     def _has_room(self) -> bool:
         return not self._waiting and self._begun < self._threads + bool(self._ahead)
 
-    def add(self, batch: list[Any]) -> None:
+    def add(self, batch: list[Any], begin: Callable[[], object]) -> None:
+        """`begin` hands the batch to a thread, which calls `end`. It is called once a place is free."""
         with self._lock:
-            self._waiting[id(batch)] = batch, time.monotonic()
-
-    def begin(self, batch: list[Any]) -> bool:
-        """Called by the thread that is about to work on the batch; waits for a place. False: it was taken back."""
-        with self._lock:
-            self._place.wait_for(lambda: id(batch) not in self._waiting or self._begun < self._threads)
-            is_ours = self._waiting.pop(id(batch), None) is not None
-            self._begun += is_ours
-            self._wake_next()
-            return is_ours
+            self._waiting.append(_Waiting(time.monotonic(), batch, begin))
+            self._begin_next()
 
     def end(self) -> None:
         with self._lock:
             self._begun -= 1
-            self._wake_next()
+            self._begin_next()
 
     @contextmanager
     def lent(self) -> Iterator[None]:
@@ -144,25 +144,25 @@ class Batches:
         with self._lock:
             is_lent = self._lent < self.most_lent
             self._begun, self._lent = self._begun - is_lent, self._lent + is_lent
-            self._wake_next()
+            self._begin_next()
         try:
             yield
         finally:
             with self._lock:
                 self._begun, self._lent = self._begun + is_lent, self._lent - is_lent
 
-    def _wake_next(self) -> None:
-        """Wake the one thread that can go on: of a batch that waits for a place, or the feeder. Nobody otherwise."""
-        if self._waiting and self._begun < self._threads:
-            self._place.notify()
-        elif self._has_room():
+    def _begin_next(self) -> None:
+        """Begin what waits and has a place. Wake the feeder if there is room for more."""
+        while self._waiting and self._begun < self._threads:
+            self._begun += 1
+            self._waiting.popleft().begin()
+        if self._has_room():
             self._room.notify()
 
     def take_back(self, seconds: float = 0) -> list[Any]:
-        """Take back the rows that have waited for a thread for so long. No thread will begin them."""
-        before = time.monotonic() - seconds
+        """Take back the rows that have waited for a place for so long."""
+        before, rows = time.monotonic() - seconds, list[Any]()
         with self._lock:
-            late = [key for key, (_, since) in self._waiting.items() if since <= before]
-            rows = [row for key in late for row in self._waiting.pop(key)[0]]
-            self._place.notify_all()
+            while self._waiting and self._waiting[0].since <= before:
+                rows += self._waiting.popleft().batch
         return rows

@@ -27,7 +27,7 @@ import structlog
 from receiver.workers.due_checks import QUEUED, DueChecks
 from receiver.workers.group_claims import GroupClaims
 from receiver.workers.in_hand import RowsInHand
-from receiver.workers.lanes import Batches, Lane, PeriodicJob
+from receiver.workers.lanes import Lane, PeriodicJob
 from receiver.workers.leases import Leases
 from receiver.workers.wake_ups import WakeUps
 from storage.background import background_thread
@@ -221,8 +221,7 @@ class Worker:
             else:
                 claimed, grant = self._claim_batches(lane, room)
             for rows in claimed:
-                batches.add(rows)
-                pool.submit(self._work_in_turn, lane, batches, rows, grant)
+                batches.add(rows, partial(pool.submit, self._work_in_place, lane, rows, grant))
             self._leases.give_back(batches.take_back(LASTING_SECONDS))
             if room > len(claimed):
                 self._group_claims.want(lane, (room - len(claimed)) * lane.batch())
@@ -242,13 +241,15 @@ class Worker:
             return 0
         return max(lane.ahead - len(self._in_hand.lasting(lane.model, LASTING_SECONDS)), 0)
 
-    def _work_in_turn(self, lane: Lane, batches: Batches, rows: list[Any], grant: Grant) -> None:
-        """Work on these rows, unless they were taken back or the worker stops."""
-        if not self._stop.is_set() and batches.begin(rows):
-            try:
+    def _work_in_place(self, lane: Lane, rows: list[Any], grant: Grant) -> None:
+        """Work on these rows, or release them if the worker stops, and give back the place of their batch."""
+        try:
+            if self._stop.is_set():
+                self._leases.give_back(rows)
+            else:
                 self._work(lane, rows, grant)
-            finally:
-                batches.end()
+        finally:
+            lane.batches.end()
 
     def _claim_batches(self, lane: Lane, room: int) -> tuple[list[list[Any]], Grant]:
         """Claim at most this many batches, of one row or of several each."""

@@ -66,6 +66,19 @@ def test_few_rows_are_claimed_ahead_and_given_back_at_the_end(database: Database
 
 @pytest.mark.databases("sqlite")
 @pytest.mark.usefixtures("patient")
+def test_no_row_begins_once_the_worker_stops(database: Database, desk: Desk) -> None:
+    desk.gate.clear()
+    assets = new_assets(database, 14)
+    with running(database, lane(desk, first=1)) as at_work:
+        wait_until(lambda: claimed(database) == THREADS + AHEAD)
+        at_work.stop()
+        desk.gate.set()
+    assert len(desk.begun) == THREADS
+    assert {stored(database, asset)["lease"] for asset in assets} == {None}
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.usefixtures("patient")
 def test_idle_thread_begins_a_row_at_once_while_none_can_be_claimed(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     new_assets(database, 14)
