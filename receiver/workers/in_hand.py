@@ -33,6 +33,12 @@ class RowsInHand:
         with self._changed:
             return [row for row, _ in self._rows.values()]
 
+    @property
+    def not_begun(self) -> list[Any]:
+        """The rows that no thread works on yet."""
+        with self._changed:
+            return [row for row, begun_at in self._rows.values() if begun_at == math.inf]
+
     def empty_for(self) -> float:
         """For how many seconds nothing has been in hand."""
         with self._changed:

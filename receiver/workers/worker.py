@@ -59,6 +59,7 @@ BUG_CAP_SECONDS = 3_600.0
 DATABASE_AWAY_SECONDS = 1.0
 NOTHING = Grant(0)
 QUARANTINE = "quarantine"  # the name of its thread's wait
+RAISE_THE_LIMIT = "{}: raise the limit of processes or threads (pids_limit, TasksMax)"
 
 
 class TooFewThreads(UserError):
@@ -101,6 +102,7 @@ class Worker:
         self._full_claims = Counter[str]()
         self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
+        self._refused: RuntimeError | None = None  # by the system: a thread for claimed rows
 
     def stop(self) -> None:
         """Claim no more rows. Those in hand may finish within the grace time."""
@@ -108,7 +110,10 @@ class Worker:
         self._wake_ups.wake()
 
     def run(self) -> None:
-        """Work until `stop()`. On return, unfinished rows are released, unless the database is down."""
+        """Work until `stop()`. On return, unfinished rows are released, unless the database is down.
+
+        Raises `TooFewThreads`.
+        """
         if (registered := self._register()) is None:
             return
         self._id = registered
@@ -119,14 +124,16 @@ class Worker:
         threads += [
             threading.Thread(target=self._run_periodic, args=(job,), daemon=True) for job in self._periodic_jobs
         ]
-        feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
+        feeders = [
+            threading.Thread(target=self._feed_or_end, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes
+        ]
         at_group_end = self._database.at_group_end
         self._database.at_group_end = lambda session: at_group_end(session) or self._group_claims.claim(session)
         try:
             for thread in [*threads, *feeders]:
                 thread.start()
         except RuntimeError as error:
-            raise TooFewThreads(f"{error}: raise the limit of processes or threads (pids_limit, TasksMax)") from error
+            raise TooFewThreads(RAISE_THE_LIMIT.format(error)) from error
         for thread in feeders:
             while thread.is_alive():
                 thread.join(SIGNAL_SECONDS)
@@ -137,6 +144,8 @@ class Worker:
         finally:
             self._database.at_group_end = at_group_end
             self._ended.set()
+        if self._refused is not None:
+            raise TooFewThreads(RAISE_THE_LIMIT.format(self._refused)) from self._refused
 
     def _register(self) -> uuid.UUID | None:
         """Register this process as soon as the database answers. None: the worker was stopped before."""
@@ -209,6 +218,15 @@ class Worker:
                     rows = claim(session)
             self._in_hand.add(rows)
         return rows
+
+    def _feed_or_end(self, lane: Lane) -> None:
+        """Feed the lane, or end this process if no thread can be started for its rows: it would hold them for ever."""
+        try:
+            self._feed(lane)
+        except RuntimeError as error:
+            self._refused = error
+            self.stop()
+            self._leases.give_back(self._in_hand.not_begun)
 
     def _feed(self, lane: Lane) -> None:
         batches = lane.batches

@@ -109,6 +109,26 @@ def test_lanes_take_only_their_own_step(database: Database, desk: Desk) -> None:
 
 
 @pytest.mark.databases("sqlite")
+def test_worker_without_a_thread_for_its_rows_ends_and_gives_them_back(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def few(thread: threading.Thread) -> None:
+        if thread.name.startswith("assets_"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    assets = new_assets(database, 2)
+    with ThreadPoolExecutor(1) as caller:
+        ended = caller.submit(Worker(database, [assets_lane(desk.work)], lease_seconds=60, grace_seconds=60).run)
+        with pytest.raises(worker.TooFewThreads, match="can't start new thread: raise the limit"):
+            ended.result(20)
+    assert {stored(database, asset)["lease"] for asset in assets} == {None}
+
+
+@pytest.mark.databases("sqlite")
 def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 1.0)
     other = heartbeats.register(database, 1)
