@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -46,13 +47,11 @@ def show(table: RenderableType) -> None:
     """Print a rich object at the terminal's width. Nothing is wrapped in a pipe. `cell` makes its texts."""
     from rich.console import Console
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPE_COLUMNS
-    with console.capture() as captured:
-        console.print(table)
-    text = captured.get()
-    write(text if console.is_terminal else "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
+    is_terminal, text = sys.stdout.isatty(), io.StringIO()
+    console = Console(file=text, force_terminal=is_terminal, width=None if is_terminal else PIPE_COLUMNS)
+    console.print(table)
+    lines = text.getvalue().splitlines(keepends=True)
+    write("".join(lines if is_terminal else [f"{line.rstrip()}\n" for line in lines]))
 
 
 def cell(text: str, style: str = "") -> Text:

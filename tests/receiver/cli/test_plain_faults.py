@@ -124,11 +124,15 @@ def test_an_env_file_with_a_byte_order_mark_is_read(ready: CommandLine) -> None:
     assert ready("status").err.startswith("RECEIVER_LOG_LEVEL: ")
 
 
-@pytest.mark.parametrize("words", [("status",), ("check",), ("batch", "list"), ("events", "list")], ids=" ".join)
-def test_a_full_disk_behind_json_is_reported_in_one_line(ready: CommandLine, words: tuple[str, ...]) -> None:
+FULL = [("status", "--json"), ("check", "--json"), ("batch", "list", "--json"), ("events", "list", "--json"),
+        ("status",), ("check",)]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", FULL, ids=" ".join)
+def test_a_full_disk_behind_the_output_is_reported_in_one_line(ready: CommandLine, words: tuple[str, ...]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     variables, err = {**environment, **ready.variables}, ready.folder / "err"
-    code = Forked((*words, "--json"), variables, ready.folder, out=Path("/dev/full"), err=err).wait(60)
+    code = Forked(words, variables, ready.folder, out=Path("/dev/full"), err=err).wait(60)
     assert (code, err.read_text()) == (1, "standard output cannot be written: No space left on device\n")
 
 
