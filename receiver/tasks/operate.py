@@ -209,7 +209,7 @@ class Operator:
                 tally.left[name] = "deleted"
             elif task.step is Step.CREATE:
                 tally.left[name] = "not sent yet: a worker sends it, or finds out whether it arrived"
-            elif task.state is TaskState.FAILED and not was_accepted(task):
+            elif task.state is TaskState.FAILED and task.step is not Step.READ and not was_accepted(task):
                 tally.left[name] = "its create failed: the provider has nothing of it to read"
             else:
                 if task.lease is None or task.step is not Step.READ:

@@ -17,7 +17,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.accounts.accepted_creates import ENDED_WITHOUT_ANSWER, was_accepted
+from storage.accounts.accepted_creates import ENDED_WITHOUT_ANSWER, may_prove_accepted, was_accepted
 from storage.database import walk
 from storage.database.sessions import Database, run
 from storage.rows import claims, reports, tasks
@@ -49,7 +49,8 @@ class Retried:
 def retry(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
     """Make the waiting step and the given-up files of a locked task due. A failed create is never sent again.
 
-    A failed task is read once more, because a success ranks above a failure.
+    A failed task is read once more, because a success ranks above a failure. So is one whose create was refused, if a
+    delivery has made it due for a read.
     """
     if task.deleted_at is not None:
         return Retried(reason="deleted")
@@ -111,6 +112,11 @@ def _make_due_now(session: Session, task: Task) -> Retried:
 
 def _read_failed(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
     if not was_accepted(task):
+        if task.step is Step.READ:  # a delivery says that the provider has it
+            return _make_due_now(session, task)
+        if may_prove_accepted(session, task):
+            return Retried(reason="a delivery of it waits for a worker, which decides whether the task is read; "
+                                  "`receiver status` shows what came of it")  # fmt: skip
         return Retried(reason="its create failed and only `receiver submit` sends: use --adopt and the same request, "
                               "or another id")  # fmt: skip
     if task.lease is not None:

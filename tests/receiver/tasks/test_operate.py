@@ -22,6 +22,7 @@ from receiver.tasks.operate import Operator, Reads
 from storage.database.sessions import Database
 from storage.errors import LostClaim
 from storage.rows import claims
+from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset, Callback, Task
 from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
@@ -153,6 +154,25 @@ def test_a_failed_create_is_never_sent_again(parts: Parts, operator: Operator, s
     run(parts, "creates", "reads")
     assert stored(parts.database, task) == before
     assert not sandbox.ledger().creates
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("verb", ["retry", "reconcile"])
+def test_waiting_read_of_a_refused_task_is_made_due(verb: str, parts: Parts, operator: Operator) -> None:
+    """A delivery says that the provider has it, so "only `receiver submit` sends" would be no advice."""
+    task = insert_row(parts, state=TaskState.FAILED, step=Step.READ, due_at=LATER, error="content policy")
+    name = task.external_task_id
+    tally = operator.retry(name) if verb == "retry" else operator.reconcile([name])[0]
+    assert (tally.left, tally.counts["reads_due"]) == ({}, 1)
+    assert stored(parts.database, task)["due_at"] < LATER
+
+
+@pytest.mark.databases("sqlite")
+def test_retry_of_a_refused_task_names_the_delivery_that_waits(parts: Parts, operator: Operator) -> None:
+    task = insert_row(parts, state=TaskState.FAILED, step=None, due_at=None, error="content policy")
+    with parts.database.write() as session:
+        store(session, [Delivery("kling", "push", task.id, b"{}")])
+    assert "a delivery of it waits for a worker" in operator.retry(task.external_task_id).left[task.external_task_id]
 
 
 def test_a_deleted_task_stays_deleted(parts: Parts, operator: Operator) -> None:
