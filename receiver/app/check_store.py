@@ -10,7 +10,7 @@ from sqlmodel import col, select
 
 from receiver.app.findings import SYNCHRONISE, Result, Status, refused
 from receiver.app.wiring import Parts
-from storage.bucket.bucket import PROBE_FOLDER, Bucket
+from storage.bucket.bucket import PROBE_FOLDER
 from storage.bucket.probe import Capabilities
 from storage.bucket.store_connection import BOTO3_ENDPOINTS, EndpointInvalid
 from storage.bucket.store_errors import (
@@ -21,13 +21,14 @@ from storage.bucket.store_errors import (
     permission,
     reason_code,
 )
-from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
+from storage.errors import ObjectRefused, StoreUnavailable
 from storage.operations import heartbeats
 from storage.rows.models import Asset
 from storage.states import AssetState
 
 # Larger than the body limit of a proxy with default settings (nginx: 1 MiB). Takes 4 s over an uplink of 4 Mbit/s.
 LARGE_BYTES = 2 * 2**20
+LIST = "s3:ListBucket"
 SET_REGION = "set AWS_DEFAULT_REGION to the bucket's region"
 # Advice by the store's error code, or by the name of boto3's exception if no answer came from a store.
 ADVICE = {
@@ -66,7 +67,7 @@ def bucket(parts: Parts) -> Iterator[Result]:
     name = f"s3://{parts.bucket.name}/{parts.bucket.prefix}"
     try:
         can = parts.bucket.probe(LARGE_BYTES)
-        unlisted = _unlisted(parts.bucket)
+        parts.bucket.head(f"{parts.bucket.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}")  # AWS: 403 if it may not list
     except StoreUnavailable as error:
         status = refused(reason_code(error), parts.bucket.clock_ahead_seconds)
         advice = _advice(parts, error)
@@ -80,9 +81,6 @@ def bucket(parts: Parts) -> Iterator[Result]:
             line = str(error)
         yield Result("bucket", Status.FAULT, line, f"correct {_endpoint_setting(parts)}")
         return
-    if unlisted:
-        yield unlisted
-        return
     lacks = sum(not getattr(can, ability) for ability in WITHOUT)
     more = f"; it lacks {lacks} of {len(WITHOUT)} capabilities (`receiver check --verbose`)" if lacks else ""
     line = f"{name} at {parts.bucket.host} was written, listed and read back; {PROOFS[can.proof]}{more}"
@@ -90,23 +88,14 @@ def bucket(parts: Parts) -> Iterator[Result]:
     yield from _capabilities(can)
 
 
-def _unlisted(bucket: Bucket) -> Result | None:
-    """Read an object that does not exist, and list. AWS answers 403 to both if the key may not list."""
-    missing = f"{bucket.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
-    try:
-        bucket.head(missing)
-        next(bucket.list(missing), None)
-    except ObjectForbidden as error:
-        advice = (
-            f"grant s3:ListBucket on the bucket itself (arn:aws:s3:::{bucket.name}, without /*): "
+def _advice(parts: Parts, error: StoreUnavailable) -> str:
+    needed = permission(error.__cause__)
+    if needed and LIST in needed:
+        return (
+            f"grant {LIST} on the bucket itself (arn:aws:s3:::{parts.bucket.name}, without /*): "
             "no picture is archived until a missing object can be told from a refusal"
         )
-        return Result("bucket", Status.FAULT, str(error), advice)
-    return None
-
-
-def _advice(parts: Parts, error: StoreUnavailable) -> str:
-    if needed := permission(error.__cause__):
+    if needed:
         return f"grant {needed}, or use another key"
     if may_refuse_checksums(error.__cause__) and _works_without_checksums(parts):
         return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"

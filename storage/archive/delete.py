@@ -17,7 +17,7 @@ from sqlmodel import col, select
 from storage.archive.folders import folder_of
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
-from storage.errors import NoSuchTask, UserError
+from storage.errors import NoSuchTask, StoreUnavailable, UserError
 from storage.keys import as_argument, task_folder
 from storage.rows import claims, tasks
 from storage.rows.deleted_callbacks import delete_callbacks
@@ -46,24 +46,34 @@ def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted
     Raises `NoSuchTask`, `StoreUnavailable`, `DatabaseUnavailable`, and `Refused` for a task that is not over or whose
     objects are locked; then nothing is changed.
     """
-    task, folders = folders_of_task(database, bucket, external_task_id)
+    task, keys, folders = _objects_of_task(database, bucket, external_task_id)
     _refuse_locked(bucket, folders)
     again = _set_tombstone(database, task)
     count = sum(bucket.purge(folder) for folder in sorted(folders))
+    for key in keys:  # the store's listing may have lacked it
+        if bucket.head(key) is not None:
+            raise StoreUnavailable(f"{bucket.place} still has {key}; the rows are kept, so delete the task again")
     _blank(database, task)
     return Deleted(count, again)
 
 
 def folders_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
     """The task and the folders that may hold its objects. Raises `NoSuchTask`."""
+    task, _, folders = _objects_of_task(database, bucket, external_task_id)
+    return task, folders
+
+
+def _objects_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, list[str], set[str]]:
+    """The task, the keys that its rows name, and the folders that may hold these and others."""
     with database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
         if task is None:
             raise NoSuchTask(external_task_id)
         assets = tasks.assets_of(session, task.id)
-    keys = [asset.key for asset in assets] + [key for asset in assets for key in asset.superseded] + [task.manifest_key]
+    named = [asset.key for asset in assets] + [key for asset in assets for key in asset.superseded]
+    keys = [key for key in (*named, task.manifest_key) if key]
     own = task_folder(bucket.prefix, task.created_at, task.external_task_id)
-    return task, {own} | {folder_of(key) for key in keys if key}
+    return task, keys, {own} | {folder_of(key) for key in keys}
 
 
 def _refuse_locked(bucket: Bucket, folders: set[str]) -> None:

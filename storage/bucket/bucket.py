@@ -185,7 +185,8 @@ class Bucket(StoredObjects):
     def probe(self, large_bytes: int = 0) -> Capabilities:
         """Find out what the store can do, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
 
-        `large_bytes`: one of them has this size. Raises `StoreUnavailable` when an object cannot be written or read.
+        `large_bytes`: one of them has this size, and must be listed. Raises `StoreUnavailable` when an object cannot be
+        written, read or listed.
         """
         folder = f"{self.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
         with self._errors(large_bytes or None):

@@ -63,9 +63,9 @@ class Probe:
         self._keys: list[str] = []
 
     def run(self, large_bytes: int = 0) -> Capabilities:
-        """Try every capability. `large_bytes`: also put an object of this size.
+        """Try every capability. `large_bytes`: also put an object of this size, and look for it in the listing.
 
-        Raises boto3's errors, and `StoreUnavailable` when other bytes come back.
+        Raises boto3's errors, and `StoreUnavailable` when other bytes come back, or the object is not listed.
         """
         body = self._folder.encode()
         first = self._key("first")
@@ -73,7 +73,11 @@ class Probe:
         if self._read(first) != body:
             raise StoreUnavailable("the store returned other bytes than were written; examine the store")
         if large_bytes:
-            self._put(self._key("large"), bytes(large_bytes))
+            large = self._key("large")
+            self._put(large, bytes(large_bytes))
+            listed = self._client.list_objects_v2(Bucket=self._bucket, Prefix=large).get("Contents", ())
+            if large not in [each["Key"] for each in listed]:
+                raise StoreUnavailable("the store does not list an object that it has just stored; examine the store")
         head = self._client.head_object(Bucket=self._bucket, Key=first, ChecksumMode="ENABLED")
         conditional_put = self._refusal(lambda: self._put(first, b"other", IfNoneMatch="*")) == 412
         multipart = not self._refusal(lambda: self._put_in_parts(self._key("parts"), body))

@@ -15,8 +15,8 @@ from botocore.config import Config
 from storage import forks
 from storage.bucket.bounded_connections import bound
 from storage.bucket.signed_requests import ConditionFailed, SignedRequests, TryAgain
-from storage.bucket.store_errors import NoSuchObject, code, host, is_stale, refusal, status, store_at
-from storage.errors import UserError
+from storage.bucket.store_errors import NoSuchObject, code, host, is_stale, no_listing, refusal, status, store_at
+from storage.errors import StoreUnavailable, UserError
 from storage.http_date import http_date
 
 CONNECT_SECONDS = 5
@@ -109,6 +109,7 @@ class StoreConnection:
                     ) from None
                 bound(client)
                 client.meta.events.register("after-call.s3", self._note_date)
+                client.meta.events.register("before-parse.s3", self._refuse_no_listing)
                 if not self._sends_checksums:
                     client.meta.events.register("provide-client-params.s3", without_checksums)
                 if endpoint_url == self._endpoint_url:
@@ -147,6 +148,11 @@ class StoreConnection:
         if self._endpoint_url not in self._clients:
             self._client()
         return self._signed
+
+    def _refuse_no_listing(self, operation_model: Any, response_dict: Mapping[str, Any], **_: Any) -> None:
+        """Refuse the 200 of a proxy or a log-in page, which boto3 parses as the listing of an empty bucket."""
+        if response_dict["status_code"] == 200 and (told := no_listing(operation_model.name, response_dict["body"])):
+            raise StoreUnavailable(f"{store_at(self._used_endpoint_url)} {told} (bucket {self.name})")
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
         sent_at = http_date(http_response.headers.get("date") or "")

@@ -47,6 +47,12 @@ PERMISSIONS = {
 # The beginnings of our messages, by which stored errors are recognised, and the words of the one about a single object.
 MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
 OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
+# The root elements of listings. gofakes3, which other stores are built on, has its own for versions.
+LISTINGS = {
+    "ListObjectsV2": ("ListBucketResult",),
+    "ListObjectVersions": ("ListVersionsResult", "ListBucketVersionsResult"),
+}
+ROOT = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?[^>]*>\s*)?<(?:[\w.-]+:)?([\w.-]+)")
 WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"
 CHECKSUMS_HINT = f"; if it takes no checksum headers, set {WITHOUT_CHECKSUMS}"
 MAX_WORDS_CHARS = 200
@@ -113,6 +119,18 @@ def permission(error: Any) -> str | None:
     """The permission that a key lacks for the call; None for other errors."""
     is_forbidden = isinstance(error, boto_errors.ClientError) and code(error) in FORBIDDEN
     return PERMISSIONS.get(error.operation_name) if is_forbidden else None
+
+
+def no_listing(operation: str, body: bytes) -> str | None:
+    """What is wrong with the body of a 200 for `operation`; None for a listing, and where none is expected."""
+    if operation not in LISTINGS:
+        return None
+    found = ROOT.match(body)
+    root = found[1].decode(errors="replace")[:40] if found else ""
+    if root in LISTINGS[operation]:
+        return None
+    sent = f"an element {root}" if root else "no XML"
+    return f"answers a listing with what is not one: HTTP 200, {sent}; a proxy or a log-in page may be in front of it"
 
 
 def is_stale(error: Exception) -> bool:

@@ -61,6 +61,8 @@ class StoredObjects(StoreConnection):
         except NoSuchObject:
             return None
         metadata = {name.lower(): unquote(value) for name, value in answer["Metadata"].items()}
+        if "LastModified" not in answer or "ContentLength" not in answer:  # a proxy or a log-in page in front
+            raise StoreUnavailable(f"{self.place} describes an object without its length or its time")
         return Stored(
             size=answer["ContentLength"],
             sha256=whole_checksum(answer) or metadata.get("sha256"),

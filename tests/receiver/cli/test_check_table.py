@@ -62,10 +62,22 @@ def ten_minutes_late(_request: Request, _forward: Forward) -> Answer:
     return said(403, "RequestTimeTooSkewed", "The difference is too large.", date=formatdate(time() - 600, usegmt=True))
 
 
+def log_in_page(request: Request, forward: Forward) -> Answer:
+    page = Answer(200, {"content-type": "text/html"}, b"<html><body>Log in</body></html>")
+    return page if request.method == "GET" and "prefix=" in request.path else forward(request)
+
+
+def empty_listing(request: Request, forward: Forward) -> Answer:
+    listing = Answer(200, {"content-type": "application/xml"}, b"<ListBucketResult></ListBucketResult>")
+    return listing if request.method == "GET" and "prefix=" in request.path else forward(request)
+
+
 STORES: dict[str, tuple[Callable[[Request, Forward], Answer], str]] = {
     "a key without List": (without_list, "grant s3:ListBucket on the bucket itself (arn:aws:s3:::pictures, without"),
     "a key without Get": (without_get, "(needs s3:GetObject) (bucket pictures, AccessDenied, HTTP 403): grant s3:Get"),
     "refuses checksum headers": (without_checksums, "HTTP 501): set RECEIVER_S3_CHECKSUMS=never: the store"),
+    "a page for a listing": (log_in_page, "answers a listing with what is not one: HTTP 200, an element html; a proxy"),
+    "an empty listing": (empty_listing, "the store does not list an object that it has just stored"),
     "an expired token": (
         lambda *_: said(400, "ExpiredToken"),
         "says the session token has expired (bucket pictures, ExpiredToken, HTTP 400): fetch new credentials",

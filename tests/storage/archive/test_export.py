@@ -30,6 +30,7 @@ from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, TaskState
 from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.pipeline import Wired, deliver, insert_row, kept, task_of
 
 # Which rows are exported, deleted and counted is tested on both, what becomes of the objects on one.
@@ -176,6 +177,21 @@ def arrived(parts: Parts) -> int:
     hour = parts.database.now().replace(minute=0, second=0, microsecond=0)
     with parts.database.read() as session:
         return sum(Arrivals().count(session, each) for each in (hour, hour - HOUR))
+
+
+@pytest.mark.parametrize("answer", [b"<html></html>", b"<ListVersionsResult/>"], ids=["a page", "an empty listing"])
+def test_rows_stay_while_a_file_is_neither_removed_nor_gone(parts: Parts, seaweed: Seaweed, answer: bytes) -> None:
+    (task,) = archive(parts, 1)
+
+    def hides(request: Request, forward: Forward) -> Answer:
+        return Answer(200, {}, answer) if "versions" in request.path else forward(request)
+
+    with FaultProxy(seaweed, hides) as proxy:
+        behind = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+        with pytest.raises(StoreUnavailable, match=r"listing with what is not one|still has .*delete the task again"):
+            delete(parts.database, behind, task.external_task_id)
+    assert (len(kept(parts)), len(all_assets(parts))) == (2, 1)
+    assert delete(parts.database, parts.bucket, task.external_task_id).objects == 2
 
 
 def test_reports_do_not_restore_a_deleted_task(parts: Parts) -> None:

@@ -108,6 +108,25 @@ def test_folder_is_emptied_where_versions_cannot_be_listed(status: int, through:
     assert list(through.list(through.prefix)) == []
 
 
+@pytest.mark.parametrize("versions", [False, True])
+@pytest.mark.parametrize("page", [b"<html><body>Log in</body></html>", b"", b"<?xml version='1.0'?><Owner/>"])
+def test_page_in_place_of_a_listing_is_no_empty_bucket(
+    page: bytes, versions: bool, through: Bucket, proxy: FaultProxy
+) -> None:
+    assert put(through)
+    proxy.fault = lambda request, forward: (
+        Answer(200, {"content-type": "text/html"}, page) if "prefix=" in request.path else forward(request)
+    )
+    with pytest.raises(StoreUnavailable, match="answers a listing with what is not one: HTTP 200"):
+        through.purge(through.prefix) if versions else list(through.list(through.prefix))
+
+
+def test_description_without_a_time_is_an_error_of_the_store(through: Bucket, proxy: FaultProxy) -> None:
+    proxy.fault = lambda *_: Answer(200, {"content-type": "text/html"}, b"")
+    with pytest.raises(StoreUnavailable, match="without its length or its time"):
+        through.head("any")
+
+
 @pytest.fixture
 def credentials(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_environment: object) -> Path:
     """The shared credentials file, the only place where the chain finds any."""
