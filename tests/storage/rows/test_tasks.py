@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 from sqlmodel import Session, col, select, update
 
 from storage.database.sessions import Database
@@ -366,6 +368,20 @@ def test_read_of_a_task_resets_its_losses(database: Database) -> None:
     assert owner.losses == 1
     hear(database, task, PROCESSING, pushed=False)
     assert (stored(database, task)["losses"], stored(database, task)["attempts"]) == (0, 0)
+
+
+def test_only_what_changed_of_a_locked_task_is_written(database: Database) -> None:
+    task, heard = sent(database), list[str]()
+    event.listen(database.writer, "before_cursor_execute", lambda *given: heard.append(given[2]))
+    with database.write() as session:
+        locked = tasks.lock_unattached(session, task.id)
+        assert locked
+        tasks.save(session, locked)
+        locked.note, locked.polls, locked.step = "new", locked.polls, Step.READ
+        tasks.save(session, locked)
+    (statement,) = [words for words in heard if words.startswith("UPDATE")]
+    assert re.findall(r"(\w+)=", statement) == ["note"]
+    assert stored(database, task)["note"] == "new"
 
 
 def test_two_reports_at_once_are_applied_one_after_the_other(database: Database) -> None:
