@@ -155,7 +155,11 @@ class Batches:
         """Begin what waits and has a place. Wake the feeder if there is room for more."""
         while self._waiting and self._begun < self._threads:
             self._begun += 1
-            self._waiting.popleft().begin()
+            try:
+                self._waiting.popleft().begin()
+            except RuntimeError:  # the system has no further thread: one of those at work takes it next
+                if self._begun + self._lent == 1:
+                    raise
         if self._has_room():
             self._room.notify()
 

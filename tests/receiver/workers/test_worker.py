@@ -129,6 +129,26 @@ def test_worker_without_a_thread_for_its_rows_ends_and_gives_them_back(
 
 
 @pytest.mark.databases("sqlite")
+def test_thread_works_on_the_rows_for_which_no_other_can_be_started(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = threading.Thread.start, list[str]()
+
+    def one(thread: threading.Thread) -> None:
+        if thread.name.startswith("assets_"):
+            if started:
+                raise RuntimeError("can't start new thread")
+            started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", one)
+    new_assets(database, 9)
+    with running(database, assets_lane(desk.work)):
+        wait_until(lambda: not waiting(database))
+    assert len(desk.done) == 9
+
+
+@pytest.mark.databases("sqlite")
 def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 1.0)
     other = heartbeats.register(database, 1)
