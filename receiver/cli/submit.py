@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,10 +92,9 @@ def submit(
         if name or format or dry_run or prices or report:
             raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
         fields = {**_from_file(request), **given}
-        in_file = fields.pop("external_task_id", None)
         with opened(allow_http, migrate=True, store=store, asks_provider=True, pays=True) as parts:
-            with _named(external_task_id or in_file or str(uuid.uuid4())) as name_of_task:
-                task = _submit(parts, fields, name_of_task, adopt)
+            task = _submit(parts, fields, external_task_id, adopt)
+            with _named(task.external_task_id):
                 _answer(parts, task, wait=wait, as_json=as_json)
     elif given or request or external_task_id or adopt:
         raise typer.BadParameter("the file contains the request: remove the other fields", param_hint="--batch")
@@ -153,10 +151,10 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _named(external_task_id: str) -> Iterator[str]:
-    """Name the task where a fault ends the command, since it may be paid by then."""
+def _named(external_task_id: str) -> Iterator[None]:
+    """Name the task where a fault ends the command, because it may be paid by now."""
     try:
-        yield external_task_id
+        yield
     except (DatabaseUnavailable, OutputFailed, BrokenPipeError):
         option = f"--external-task-id {as_argument(external_task_id)}"
         with suppress(OutputFailed, BrokenPipeError):
@@ -164,10 +162,12 @@ def _named(external_task_id: str) -> Iterator[str]:
         raise
 
 
-def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str, adopt: bool) -> Task:
+def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, adopt: bool) -> Task:
     if not (parts.settings.kling_api_key or parts.settings.kling_access_key):
         # A create without them would pause the account, also for workers that have a key.
         raise UserError("no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY")
+    in_file = fields.pop("external_task_id", None)
+    external_task_id = external_task_id or in_file or None
     fields.pop("callback_url", None)
     request = parts.submitter.parse(fields)
     for warning in request.warnings():

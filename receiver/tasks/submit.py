@@ -25,6 +25,7 @@ from storage.accounts.accepted_creates import may_prove_accepted, was_accepted
 from storage.accounts.slots import Slots
 from storage.database.sessions import Database, again_on_new_session
 from storage.errors import (
+    DatabaseUnavailable,
     NoRoom,
     NoSlots,
     NoSuchTask,
@@ -102,9 +103,15 @@ class Submitter:
         task, new = again_on_new_session(commit)
         if not new:
             return Submitted(self._existing(task), new=False)
-        if task.queued_at is None:
-            self.create_step.send(task)
-        return Submitted(self._again(task.external_task_id), new=True)
+        try:
+            if task.queued_at is None:
+                self.create_step.send(task)
+            return Submitted(self._again(task.external_task_id), new=True)
+        except DatabaseUnavailable as error:
+            again = (
+                f"the task {task.external_task_id} may be paid, and the same request with its id sends nothing twice"
+            )
+            raise DatabaseUnavailable(f"{error}; {again}") from error
 
     def parse(self, fields: Mapping[str, Any]) -> ProviderRequest:
         """Check a caller's fields. Raises `RequestInvalid`; see `Provider.parse_request`."""

@@ -21,6 +21,7 @@ from receiver.tasks.submit import Conflict
 from receiver.tasks.task_view import is_over
 from receiver.workers.worker import Worker
 from storage.database import free_space
+from storage.errors import DatabaseUnavailable
 from storage.rows.claims import BACKOFF_CAP_SECONDS
 from storage.rows.models import Task
 from storage.states import Step, TaskState
@@ -87,6 +88,21 @@ def test_an_accepted_request_is_submitted(parts: Parts, sandbox: Sandbox) -> Non
     assert (task.state, task.step, task.lease, task.error) == (TaskState.SUBMITTED, Step.READ, None, None)
     assert (task.provider_task_id, task.external_task_id) == (made.task_id, made.external_task_id)
     assert uuid.UUID(task.external_task_id).version == 4
+
+
+@ONE_DATABASE
+def test_database_that_goes_after_the_create_leaves_the_id_in_the_error(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_: object) -> Task:
+        raise DatabaseUnavailable("database: too many connections")
+
+    monkeypatch.setattr(parts.submitter, "_again", gone)
+    with pytest.raises(DatabaseUnavailable) as raised:
+        parts.submitter.submit(REQUEST)
+    assert f"too many connections; the task {sandbox.ledger().tasks[0].external_task_id} may be paid" in str(
+        raised.value
+    )
 
 
 def test_the_row_is_committed_and_claimed_before_the_request_leaves(parts: Parts, sandbox: Sandbox) -> None:
