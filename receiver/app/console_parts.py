@@ -21,6 +21,8 @@ from storage.operations import deadlines
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
 
+PASTED_ELSEWHERE = "run `receiver check` on the server: it prints what to paste, which is a secret"
+
 
 def make_console(parts: Parts) -> Console:
     """Make the console from these parts."""
@@ -52,7 +54,10 @@ def _check(settings: Settings) -> Sequence[CheckLine]:
     """The results of `receiver check` without the lines to paste, which may be secrets."""
     from receiver.app import checks  # imports the wiring
 
-    return [CheckLine(each.name, each.status, each.line, each.advice) for each in checks.run(settings)]
+    return [
+        CheckLine(each.name, each.status, each.line, PASTED_ELSEWHERE if each.paste else each.advice)
+        for each in checks.run(settings)
+    ]
 
 
 def shown_settings(settings: Settings) -> Mapping[str, str]:

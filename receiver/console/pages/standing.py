@@ -51,7 +51,7 @@ class StandingPages:
 
     def check(self, visit: Visit) -> Response:
         """The lines of `receiver check`. It writes and removes small objects, so it is an action."""
-        note_act(self._of, visit.session.name, "check", "everything")
+        note_act(self._of, visit.session.name, "check", "")
         return self.settings(visit, self._of.check())
 
     def settings(self, visit: Visit, checked: Sequence[CheckLine] | None = None) -> Response:

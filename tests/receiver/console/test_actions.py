@@ -582,6 +582,8 @@ def test_sample_audit_shows_its_findings(parts: Parts, ann: Reader) -> None:
 def test_check_page_shows_the_results_of_receiver_check(ann: Reader) -> None:
     page = ann.post("/settings").text
     assert "takes writes, schema" in page and "takes our credentials" in page and "/callbacks/kling/" not in page
+    assert "below" not in page and "run `receiver check` on the server: it prints what to paste" in page
+    assert re.search(r"<dd>ann: run the check\s*(<span class=\"mono\"></span>)?</dd>", page)
 
 
 def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: Reader) -> None:
