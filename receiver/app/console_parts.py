@@ -61,12 +61,13 @@ def _check(settings: Settings) -> Sequence[CheckLine]:
 
 
 def shown_settings(settings: Settings) -> Mapping[str, str]:
-    """Every setting by its variable. A secret shows only whether it is set."""
+    """Every setting by its variable. A secret shows only whether it is set, or its default."""
     found = {}
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
         is_secret = field.repr is False or _holds_secret(value) or "Secret" in str(field.annotation)
-        found[f"{PREFIX}{name.upper()}"] = ("…" if value else "") if is_secret else _words(value)
+        is_hidden = is_secret and value != field.get_default()
+        found[f"{PREFIX}{name.upper()}"] = ("…" if value else "") if is_hidden else _words(value)
     return found
 
 
@@ -75,6 +76,8 @@ def _holds_secret(value: object) -> bool:
 
 
 def _words(value: object) -> str:
+    if isinstance(value, SecretStr):  # a default
+        return value.get_secret_value()
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)

@@ -340,7 +340,7 @@ def _cost(found: Estimate) -> str:
     most = "at most " if found.auto else ""
     text = f"{most}{found.pictures:,} pictures ({found.slots:,} slots)"
     if found.unpriced < found.pictures or not found.pictures:
-        text += f", {most}{found.units:,f} units = {most}{found.usd:,.2f} USD by prices of {found.date}"
+        text += f", {most}{found.units:,f} units = {most}{found.usd:,.3f} USD by prices of {found.date}"
     if found.auto:
         text += f"; {found.auto:,} series of automatic length count as nine pictures"
     if found.unpriced:

@@ -37,8 +37,8 @@ class Capabilities:
     refuses_wrong_part: bool
     conditional_multipart: bool
     delete: bool
-    # In a put and in a part. Also False if SHA-256 is proof enough and MD5 was not tried.
-    refuses_wrong_md5: bool = False
+    # In a put and in a part. None: not tried, because SHA-256 is proof enough.
+    refuses_wrong_md5: bool | None = None
 
     @property
     def believed(self) -> bool:

@@ -579,6 +579,12 @@ def test_sample_audit_shows_its_findings(parts: Parts, ann: Reader) -> None:
     assert re.search(r"missing</span> <span class=\"mono\">" + re.escape(str(asset.key)), page)
 
 
+def test_archive_page_says_what_was_not_tried_at_the_store(ann: Reader) -> None:
+    """SeaweedFS refuses a wrong MD5 too, see stores.md; "no" was wrong."""
+    found = dict(re.findall(r"<dt>([^<]*)</dt><dd><span class=\"[^\"]*\">([^<]*)</span></dd>", ann.page("/archive")))
+    assert (found["Refuses a wrong MD5"], found["Refuses a wrong checksum"]) == ("not tried: SHA-256 is enough", "yes")
+
+
 def test_check_page_shows_the_results_of_receiver_check(ann: Reader) -> None:
     page = ann.post("/settings").text
     assert "takes writes, schema" in page and "takes our credentials" in page and "/callbacks/kling/" not in page

@@ -12,8 +12,10 @@ import pytest
 from pydantic import SecretStr
 from sqlmodel import select
 
+from receiver.app.console_parts import shown_settings
 from receiver.app.wiring import Parts
 from receiver.base import visible
+from receiver.base.config import Settings
 from receiver.console import visit
 from storage.accounts import pauses
 from storage.errors import ModelRefused
@@ -133,6 +135,13 @@ def test_no_secret_of_the_settings_is_on_any_page(parts: Parts, ann: Reader) -> 
         assert [each for each in (*secrets, *urls) if each and each in page] == [], path
     changed = ann.post("/settings").text
     assert not any(each in changed for each in secrets)
+
+
+def test_the_default_of_a_secret_setting_is_shown_and_nothing_else_of_it() -> None:
+    plain = shown_settings(Settings.model_construct(s3_bucket="b"))
+    own = shown_settings(Settings.model_construct(s3_bucket="b", database_url=SecretStr("sqlite:///own.db")))
+    assert (plain["RECEIVER_DATABASE_URL"], own["RECEIVER_DATABASE_URL"]) == ("sqlite:///receiver.db", "…")
+    assert plain["RECEIVER_API_KEYS"] == plain["RECEIVER_KLING_API_KEY"] == ""
 
 
 def test_file_is_served_with_a_policy_that_runs_no_script(parts: Parts, ann: Reader) -> None:

@@ -308,7 +308,7 @@ def test_wrong_credentials_are_named_without_the_secret(
 
 def test_missing_credentials_are_named(bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    with pytest.raises(StoreUnavailable, match="set AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StoreUnavailable, match="export AWS_ACCESS_KEY_ID"):
         put(fresh(bucket, seaweed), "a.png", b"one")
 
 
