@@ -14,6 +14,7 @@ from receiver.base.config import PREFIX, Settings
 from receiver.batch.batch import Batches
 from receiver.console.console import Console
 from receiver.console.installation import CheckLine, Installation
+from receiver.local_store import serve_store
 from receiver.providers.kling import prices
 from receiver.tasks.operate import Operator
 from storage.operations import deadlines
@@ -43,6 +44,7 @@ def make_console(parts: Parts) -> Console:
             providers=list(parts.providers),
             deadline_seconds=deadlines.lead_seconds(settings.result_lifetime_seconds),
             usd_per_unit=float(prices.KLING.usd_per_unit),
+            has_made_key=serve_store.has_made_key(settings),
             is_secure=(settings.public_url or "").startswith("https://"),
             thumbnail_folder=settings.console_thumbnail_dir or _own_folder(),
             thumbnail_bytes=settings.console_thumbnail_bytes,

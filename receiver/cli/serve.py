@@ -88,12 +88,12 @@ def _name_console(settings: Settings) -> None:
     named.
     """
     from receiver.console.access import one_time_token
+    from receiver.local_store.serve_store import has_made_key
 
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/console"
-    file, first = Path(settings.store or ".", "console.key"), settings.console_people[0].key.get_secret_value()
-    is_made = file.is_file() and file.read_text().strip() == first  # `opening` made it, as none was set
-    key = f"the key in {file}" if is_made else "a key of RECEIVER_CONSOLE_KEYS"
+    made = has_made_key(settings)
+    key = f"the key in {settings.store}/console.key" if made else "a key of RECEIVER_CONSOLE_KEYS"
     words = f"{url}  (log in with {key})"
     if sys.stdout.isatty():
         token = one_time_token(settings.console_people[0])

@@ -173,8 +173,9 @@ class Guard:
 class Front:
     """The pages without a session: login, languages, static files."""
 
-    def __init__(self, guard: Guard, *, is_secure: bool) -> None:
+    def __init__(self, guard: Guard, *, has_made_key: bool, is_secure: bool) -> None:
         self._guard, self._is_secure = guard, is_secure
+        self._help = "login.help_store" if has_made_key else "login.help"
         self._throttle = LoginThrottle()
 
     def routes(self) -> list[BaseRoute]:
@@ -224,7 +225,7 @@ class Front:
         following = own_path(following, HOME)
         page = render(
             self._guard.templates, "login.html", language_of(request), next=following, problem=problem, once=once,
-            whose=whose, wait=wait, here=address_of(LOGIN, {"next": following, "once": once}),
+            whose=whose, wait=wait, help=self._help, here=address_of(LOGIN, {"next": following, "once": once}),
         )  # fmt: skip
         return HTMLResponse(page, status, headers={"Retry-After": str(wait)} if wait else None)
 
@@ -254,9 +255,9 @@ class Front:
         return answer
 
 
-def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> WithHeaders:
+def build(guard: Guard, routes: Sequence[BaseRoute], *, has_made_key: bool, is_secure: bool) -> WithHeaders:
     """The application. Each answer has the console's headers, except those that its page set."""
-    front = Front(guard, is_secure=is_secure)
+    front = Front(guard, has_made_key=has_made_key, is_secure=is_secure)
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, Exception), functools.partial(_error_page, guard))
     made = Starlette(routes=[*front.routes(), *routes], exception_handlers=handlers)
     made.router.redirect_slashes = False

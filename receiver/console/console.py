@@ -39,7 +39,8 @@ class Console:
 
     def application(self, files: Files) -> WithHeaders:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""
-        return build(self._guard, [*self._looking(files), *self._acting()], is_secure=self._of.is_secure)
+        routes = [*self._looking(files), *self._acting()]
+        return build(self._guard, routes, has_made_key=self._of.has_made_key, is_secure=self._of.is_secure)
 
     def _origin_of_links(self) -> str | None:
         """The origin of presigned links; None if they do not work for readers."""

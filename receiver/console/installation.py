@@ -44,7 +44,8 @@ class CheckLine(NamedTuple):
 @dataclass(frozen=True)
 class Installation:
     """`check`: runs `receiver check`, takes seconds. `settings`: names and values without secrets. `sinks`: the
-    configured sinks. `deadline_seconds`: how close to their deletion the provider's files count as urgent.
+    configured sinks. `has_made_key`: none was set, and `serve --store` made one. `deadline_seconds`: how close to their
+    deletion the provider's files count as urgent.
     """
 
     database: Database
@@ -61,6 +62,7 @@ class Installation:
     providers: Sequence[str]
     deadline_seconds: float
     usd_per_unit: float
+    has_made_key: bool
     is_secure: bool
     thumbnail_folder: Path
     thumbnail_bytes: int

@@ -72,6 +72,14 @@ def console_key(directory: Path) -> str:
         return _text(path).strip()
 
 
+def has_made_key(settings: Settings) -> bool:
+    """Whether the console's first key is that of DIR/console.key, because none was set."""
+    file = settings.store and settings.store / "console.key"
+    if not file or not file.is_file() or not settings.console_people:
+        return False
+    return file.read_text().strip() == settings.console_people[0].key.get_secret_value()
+
+
 @contextmanager
 def running(settings: Settings) -> Iterator[None]:
     """Run the store of `--store` until the end of the block. Raises `StoreFailed`. Does nothing without `--store`."""

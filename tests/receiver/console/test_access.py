@@ -8,8 +8,9 @@ import re
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice, product
+from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -32,7 +33,7 @@ from storage.errors import DatabaseUnavailable
 from storage.rows.models import Counter
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
 from tests.harness import wait_until
-from tests.pipeline import Web, insert_row
+from tests.pipeline import Web, Wired, insert_row
 
 pytestmark = pytest.mark.databases("sqlite")  # who may enter is asked of no database
 ANN, BEN = ConsoleKey("ann", True, SecretStr(ACT_KEY)), ConsoleKey("ben", False, SecretStr(READ_KEY))
@@ -257,6 +258,16 @@ def test_a_name_may_have_two_keys_and_a_key_one_name() -> None:
 def test_console_is_404_without_keys(web: Web, changes: dict[str, str]) -> None:
     answers = [httpx.get(f"{web.url}/console{path}") for path in ("", "/login", "/tasks", "/static/style.css")]
     assert [each.status_code for each in answers] == [404] * 4
+
+
+@pytest.mark.parametrize(("kept", "said"), [("other", "RECEIVER_CONSOLE_KEYS"), ("k" * 40, "the file console.key")])
+def test_login_page_says_where_the_key_is(parts: Parts, tmp_path: Path, kept: str, said: str) -> None:
+    """It named the setting in both cases. A stranger reads no path of the machine."""
+    (tmp_path / "console.key").write_text(f"{kept}\n")
+    chosen = {"store": tmp_path, "console_keys": (SecretStr(f"me={'k' * 40}"),)}
+    with closing(Wired(parts.settings.model_copy(update=chosen), bucket=parts.bucket)) as own, Web(own) as web:
+        page = httpx.get(f"{web.url}/console/login").text
+    assert said in page and str(tmp_path) not in page
 
 
 def test_address_with_a_slash_at_its_end_leads_to_the_overview(ann: Reader) -> None:
