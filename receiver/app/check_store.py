@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from sqlalchemy import func, or_
 from sqlmodel import col, select
 
-from receiver.app.findings import SYNCHRONISE, Result, Status, refused
+from receiver.app.findings import SYNCHRONISE, Result, Status, refused, start_command
 from receiver.app.wiring import Parts
 from storage.bucket.bucket import PROBE_FOLDER
 from storage.bucket.probe import Capabilities
@@ -132,10 +132,17 @@ def _capabilities(can: Capabilities) -> Iterator[Result]:
         yield Result(f"bucket: {ability.replace('_', ' ')}", status, line, advice, detail=detail)
 
 
-def of_workers(parts: Parts, results: Sequence[Result]) -> Iterator[Result]:
-    """Check whether the store refuses running workers while it accepts this command's credentials."""
+def of_workers(parts: Parts, results: Sequence[Result], started_store: bool) -> Iterator[Result]:
+    """Check whether running workers have the store that this command reached.
+
+    It may refuse them while it accepts this command's credentials, or run for this command alone (`started_store`).
+    """
     good = {result.name for result in results if result.status is Status.OK}
-    if not {"bucket", "database"} <= good or not heartbeats.count_alive(parts.database):
+    if not {"bucket", "database"} <= good or not (alive := heartbeats.count_alive(parts.database)):
+        return
+    if started_store:
+        line = f"the store ran for this check alone, and {alive} workers are alive without it: they archive nothing"
+        yield Result("bucket: workers", Status.FAULT, line, f"end them, and start `{start_command(parts.settings)}`")
         return
     told = or_(col(Asset.error).startswith("the store at "), col(Asset.error).startswith("no credentials for "))
     found = select(Asset.error, func.count()).where(told, Asset.state == AssetState.DUE, col(Asset.due_at).is_not(None))

@@ -74,8 +74,13 @@ PROVIDER_ADVICE = {
 Look = Callable[[Parts], Iterable[Result]]
 
 
-def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> list[Result]:
-    """Run all checks. Nothing that they write stays. A check without a result within `bound_seconds` is a fault."""
+def run(
+    settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS, started_store: bool = False
+) -> list[Result]:
+    """Run all checks. Nothing that they write stays. A check without a result within `bound_seconds` is a fault.
+
+    `started_store`: the store of `--store` runs for this check alone.
+    """
     parts = Parts(settings)
     looks: dict[str, Look] = {"database": database, "bucket": check_store.bucket, "provider": provider}
     looks["store's name"] = check_secrecy.clear_text
@@ -88,7 +93,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         advice = HANGING.get(name, check_events.HANGING)
         silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
-    results += check_store.of_workers(parts, results)
+    results += check_store.of_workers(parts, results, started_store)
     own = [
         *files(parts),
         *spooling(settings),

@@ -40,8 +40,8 @@ def check(
         results = [*checks.refused_settings(error)]
     else:
         telemetry.configure("warning", settings.log_format)
-        with serve_store.running(settings):
-            results = checks.run(settings)
+        with serve_store.running(settings) as started_store:
+            results = checks.run(settings, started_store=started_store)
     is_good = all(result.status is not Status.FAULT for result in results)
     if as_json:
         say_json({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1)

@@ -28,6 +28,7 @@ def opened(
     quiet: bool = True,
     store: Path | None = None,
     starts_store: bool = False,
+    borrows_store: bool = True,
     asks_provider: bool = False,
     pays: bool = False,
     **settings: Any,
@@ -36,9 +37,9 @@ def opened(
 
     `migrate`: the command makes rows, so it may create the schema if the settings allow it; otherwise nothing is
     created. `ready`: check the schema first. `needs_bucket`: the command names, reads or writes objects. `quiet`:
-    log only warnings. `store`: the folder of a local store; `starts_store`: the command needs it running.
-    `asks_provider`: say which `.env` decided where the key goes. `pays`: the command itself sends what is paid for.
-    `settings`: values from the command's options.
+    log only warnings. `store`: the folder of a local store; `starts_store`: the command needs it running;
+    `borrows_store`: that of another process will do. `asks_provider`: say which `.env` decided where the key goes.
+    `pays`: the command itself sends what is paid for. `settings`: values from the command's options.
     """
     with collector_paused():
         import_without_rich()
@@ -51,7 +52,7 @@ def opened(
     chosen = _settings(starts_store, needs_bucket=needs_bucket, allow_http=allow_http or None, store=store, **settings)
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
     _announce(chosen, asks_provider)
-    with serve_store.running(chosen) if starts_store else nullcontext():
+    with serve_store.running(chosen, borrows=borrows_store) if starts_store else nullcontext():
         with collector_paused():
             parts = Parts(chosen)
         try:

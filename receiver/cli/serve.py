@@ -30,7 +30,9 @@ def serve(
     allow_http: AllowHttp = False,
 ) -> None:
     """Receive callbacks and archive their pictures: the web server and its worker processes."""
-    with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
+    with opened(
+        allow_http, ready=False, quiet=False, store=store, starts_store=True, borrows_store=False, host=host, port=port
+    ) as parts:
         from receiver.app import process
 
         _name_settings(parts.settings)

@@ -81,15 +81,19 @@ def has_made_key(settings: Settings) -> bool:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[None]:
-    """Run the store of `--store` until the end of the block. Raises `StoreFailed`. Does nothing without `--store`."""
+def running(settings: Settings, *, borrows: bool = True) -> Iterator[bool]:
+    """Run the store of `--store` until the end of the block. Does nothing without `--store`.
+
+    `borrows`: use the store of another process if one runs; it ends with that process. Yields whether the store was
+    started here. Raises `StoreFailed`.
+    """
     if settings.store is None:
-        yield
+        yield False
         return
     with _named(settings.store):
-        server = _started(settings.store.absolute(), settings.s3_bucket, _database(settings))
+        server = _started(settings.store.absolute(), settings.s3_bucket, _database(settings), borrows)
     try:
-        yield
+        yield server is not None
     finally:
         if server is not None:
             server.stop()
@@ -123,8 +127,8 @@ def _named(directory: Path) -> Iterator[None]:
         raise StoreFailed(f"RECEIVER_STORE: {words}") from None
 
 
-def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
-    """A server of ours that answers; None if another process runs one."""
+def _started(directory: Path, bucket: str, database: str, borrows: bool) -> Seaweed | None:
+    """A server of ours that answers; None if another process runs one and `borrows`."""
     try:
         weed_binary()
     except RuntimeError as error:
@@ -133,8 +137,11 @@ def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
     # The server holds the lock too, so that after a kill -9 of this process the next one waits until the server has
     # ended.
     with open(open_own(directory / "store.lock", os.O_RDWR | os.O_CREAT), "wb") as lock:
-        if not _waited_for(lock.fileno(), directory):
-            return None
+        if owner := _waited_for(lock.fileno(), directory):
+            if borrows:
+                return None
+            raise StoreFailed(f"RECEIVER_STORE: process {owner} runs the store in {directory}, which ends with it: "
+                              "end that process first, or name another folder")  # fmt: skip
         keys = _read(directory) or _fresh()
         known = keys.get("database", "")
         if known and Path(known).is_file() and not Path(database).is_file():
@@ -177,19 +184,19 @@ def _text(path: Path) -> str:
         return file.read()
 
 
-def _waited_for(lock: int, directory: Path) -> bool:
-    """Take the lock. False if a living process holds it and its store answers."""
+def _waited_for(lock: int, directory: Path) -> int | None:
+    """Take the lock. The process that holds it instead, if it is alive and its store answers."""
     began_at = time.monotonic()
     while not _locked(lock):
         keys = _read(directory)
         is_starting = keys is not None and _is_alive(keys.get("owner"))
         if keys and is_starting and answers("GET", keys["ports"]["s3"], "/healthz"):
-            return False
+            return int(keys["owner"])
         if time.monotonic() > began_at + (START_SECONDS if is_starting else STRANGER_SECONDS):
             path = directory / "store.lock"
             raise StoreFailed(f"RECEIVER_STORE: {path} is locked, but no store answers: {who_holds(path)}")
         time.sleep(LOCK_INTERVAL_SECONDS)  # a process that is ending, or that has just started
-    return True
+    return None
 
 
 def _locked(descriptor: int) -> bool:

@@ -98,6 +98,7 @@ class Seen:
     logged_in: list[str]  # the console's pages after each way in
     printed: str
     checked_beside: Done
+    served_beside: Done
     addresses: set[str]  # the addresses where the server listens
     reached: list[str]  # the machine's other addresses at which its S3 port answers
     audited: Done
@@ -130,6 +131,7 @@ def played(receiver: CommandLine) -> Seen:
         pictures.add(archive(receiver))
         found.append(keys(receiver))
         beside, found = receiver("check", "--store", "kept"), [*found, keys(receiver)]
+        second = receiver("serve", "--store", "kept", "--port", "0")
         addresses, reached = listened(receiver)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -139,11 +141,18 @@ def played(receiver: CommandLine) -> Seen:
         audited = receiver("audit", "--deep", RECEIVER_STORE="kept")
         receiver("export", "out", "--all", RECEIVER_STORE="kept")
         found.append(keys(receiver))
+    register_worker(f"sqlite:///{receiver.folder}/receiver.db")
     exported = {path.name.split("-")[2].split(".")[0] for path in (receiver.folder / "out").rglob("image-*")}
     return Seen(
-        receiver.folder, pictures, found, shown, logged_in, printed.read_text(), beside, addresses, reached, audited,
-        exported, replace(receiver, constants=at_once)("check", "--store", "kept"),
+        receiver.folder, pictures, found, shown, logged_in, printed.read_text(), beside, second, addresses, reached,
+        audited, exported, replace(receiver, constants=at_once)("check", "--store", "kept"),
     )  # fmt: skip
+
+
+def register_worker(url: str) -> None:
+    database = Database(url)
+    heartbeats.register(database, threads=1)
+    database.close()
 
 
 def with_the_key(receiver: CommandLine, line: str) -> str:
@@ -174,6 +183,17 @@ def test_check_finds_the_running_store_or_starts_it(seen: Seen) -> None:
         assert f"s3://pictures/ at 127.0.0.1:{port}" in line
     assert seen.keys[1] == seen.keys[2]  # SeaweedFS ends with its owner
     assert is_free(port)
+
+
+def test_a_second_server_on_the_same_store_is_refused(seen: Seen) -> None:
+    """It would lose the store when the first ends."""
+    assert (seen.served_beside.code, seen.served_beside.out) == (1, "")
+    assert f"process {seen.keys[1]['owner']} runs the store in {seen.folder}/kept" in seen.served_beside.err
+
+
+def test_check_tells_that_workers_are_without_the_store_that_it_started(seen: Seen) -> None:
+    words = "the store ran for this check alone, and 1 workers are alive without it"
+    assert (words in seen.checked.out, words in seen.checked_beside.out) == (True, False)
 
 
 def test_serve_on_a_terminal_prints_a_link_that_logs_in_once(seen: Seen) -> None:
@@ -292,9 +312,7 @@ def test_a_paid_request_from_another_folder_is_refused_while_no_worker_serves_it
 def test_a_paid_request_is_sent_where_its_database_is_meant(folders: Folders, sandbox: Sandbox) -> None:
     whole_path = f"sqlite:///{folders.elsewhere.folder}/receiver.db"
     assert folders.elsewhere(*SEND, RECEIVER_DATABASE_URL=whole_path).code == 0
-    database = Database(whole_path)
-    heartbeats.register(database, threads=1)
-    database.close()
+    register_worker(whole_path)
     assert folders.elsewhere(*SEND).code == 0
     assert folders.home(*SEND).code == 0
     assert len(sandbox.ledger().creates) == 3
