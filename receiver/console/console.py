@@ -20,6 +20,7 @@ from receiver.console.pages.gallery import Gallery
 from receiver.console.pages.overview import Overview
 from receiver.console.pages.standing import StandingPages
 from receiver.console.pages.tasks import Tasks
+from storage.thumbnails.thumbnails import Thumbnails
 
 # Uploaded pictures of one request. Reading the form takes three times as much memory.
 MAX_PICTURES_BYTES = 32 * 2**20
@@ -32,6 +33,7 @@ class Console:
         self._of = of
         self._needs = Needs(of)
         self._live = Live(of.database)
+        self._thumbnails = Thumbnails(of.bucket, of.thumbnail_folder, of.thumbnail_bytes)
         self._overview = Overview(of, self._needs)
         self._batches = BatchPages(of)
         access = Access(of.keys, database=of.database)
@@ -52,12 +54,13 @@ class Console:
     def close(self) -> None:
         """End the open streams and background threads, so that the server can end."""
         self._live.close()
+        self._thumbnails.close()
         self._overview.close()
         self._batches.close()
 
     def _looking(self, files: Files) -> list[BaseRoute]:
         guard, of = self._guard, self._of
-        gallery, standing = Gallery(of, files), StandingPages(of, self._needs)
+        gallery, standing = Gallery(of, files, self._thumbnails), StandingPages(of, self._needs)
         tasks, deliveries, batches = Tasks(of), Deliveries(of), self._batches
         return [
             guard.page("/console", self._overview.show),

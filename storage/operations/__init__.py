@@ -3,5 +3,5 @@
 Measures, alerts on deadlines, worker heartbeats, maintenance (retry, dismiss, prune), and the outbox of events. It may
 lean on every other room of storage. Read `outbox.py` first for delivery of events, `maintenance.py` for the commands.
 `ended.py` counts the ends of tasks and holds the last day for the metrics; `rollups.py` holds a month in hours for the
-console; `thumbnails.py` caches its small pictures, and `attention.py` finds what may need a person.
+console, and `attention.py` finds what may need a person.
 """

@@ -19,9 +19,10 @@ from storage import filters
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
-from storage.operations.thumbnails import SIDE_PIXELS, Thumbnails
 from storage.rows.models import Asset
 from storage.states import ArchiveState, AssetState, TaskState
+from storage.thumbnails.decode import SIDE_PIXELS
+from storage.thumbnails.thumbnails import Thumbnails
 
 # A page has less than 100 kB without its pictures.
 TASKS_A_PAGE, FILES_A_PAGE = 30, 64
@@ -38,10 +39,10 @@ SANDBOX = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsa
 class Gallery:
     """The page and the endpoints of its pictures. `files`: answers with an archived file."""
 
-    def __init__(self, of: Installation, files: Files) -> None:
+    def __init__(self, of: Installation, files: Files, thumbnails: Thumbnails) -> None:
         self._of = of
         self._files = files
-        self._thumbnails = Thumbnails(of.bucket, of.thumbnail_folder, of.thumbnail_bytes)
+        self._thumbnails = thumbnails
         self._waiting = CapacityLimiter(WAITING)
         self._zips = Shares(MAX_ZIPS)
 

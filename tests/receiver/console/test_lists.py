@@ -9,8 +9,8 @@ import os
 import re
 import socket
 import zipfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from uuid import UUID
 
 import httpx
 import pytest
-from PIL import Image
 from sqlalchemy import event
 from sqlmodel import Session, select
 from starlette.types import Message
@@ -33,12 +32,12 @@ from receiver.console.shares import Streamed
 from receiver.console.words import ratio_class, relative, size
 from storage.archive.delete import delete
 from storage.filters import DeliveryFilter, TaskFilter
-from storage.operations import attention, lists, rollups, thumbnails
+from storage.operations import attention, lists, rollups
 from storage.operations.lists import newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
-from storage.operations.thumbnails import Thumbnails, shrink
 from storage.rows.models import Batch, Dispatch, Event, Task
 from storage.states import ArchiveState, CallbackState, DispatchState, TaskState
+from storage.thumbnails.thumbnails import Thumbnails
 from tests.archived_tasks import archive
 from tests.console_reader import LISTS, READ_KEY, Reader
 from tests.harness import wait_until
@@ -396,32 +395,18 @@ def test_stopped_batches_are_found_by_an_index(parts: Parts) -> None:
     assert not parts.database.is_sqlite or "task_batch" not in plans(parts.database, look)
 
 
-def picture(width: int = 900, height: int = 600, mode: str = "RGB", form: str = "PNG") -> bytes:
-    target = io.BytesIO()
-    Image.new(mode, (width, height)).save(target, form)
-    return target.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("mode", "form"), [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("L", "PNG")]
-)
-def test_thumbnails_are_small_webp(mode: str, form: str) -> None:
-    with Image.open(io.BytesIO(shrink(picture(mode=mode, form=form)))) as small:
-        assert (small.format, small.size) == ("WEBP", (480, 320))
-
-
-def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thumbnails, "MAX_PIXELS", 100)
-    with pytest.raises(ValueError, match="900 x 600"):
-        shrink(picture())
-    with pytest.raises(OSError, match="identify"):
-        shrink(b"<svg onload=alert(1)>")
+@pytest.fixture
+def thumbnails(parts: Parts, tmp_path: Path) -> Iterator[Callable[..., Thumbnails]]:
+    with ExitStack() as cleanup:
+        yield lambda folder=tmp_path / "t", most=20_000: cleanup.enter_context(
+            closing(Thumbnails(parts.bucket, folder, most))
+        )
 
 
 @ON_SQLITE
-def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None:
+def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path, thumbnails: Callable[..., Thumbnails]) -> None:
     assets = [each for task in archive(parts, 3, n=2) for each in assets_of(parts, task)]
-    kept = Thumbnails(parts.bucket, tmp_path / "t", 20_000)
+    kept = thumbnails()
     contents = [kept.get(each) for each in assets]
     sizes = [file.stat().st_size for file in (tmp_path / "t").glob("*/*.webp")]
     assert all(contents) and sum(sizes) <= 20_000 < sum(len(each or b"") for each in contents)
@@ -430,7 +415,9 @@ def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None
 
 @ON_SQLITE
 @pytest.mark.parametrize("kind", ["writable", "symlink"])
-def test_thumbnail_folder_of_another_user_is_not_used(parts: Parts, tmp_path: Path, kind: str) -> None:
+def test_thumbnail_folder_of_another_user_is_not_used(
+    parts: Parts, tmp_path: Path, thumbnails: Callable[..., Thumbnails], kind: str
+) -> None:
     assets = [each for task in archive(parts, 1, n=2) for each in assets_of(parts, task)]
     theirs, folder = tmp_path / "theirs", tmp_path / "t"
     (theirs if kind == "symlink" else folder).mkdir()
@@ -438,7 +425,7 @@ def test_thumbnail_folder_of_another_user_is_not_used(parts: Parts, tmp_path: Pa
     digest = str(assets[0].sha256)
     (folder / digest[:2]).mkdir()
     (folder / digest[:2] / f"{digest}.webp").write_bytes(b"poison")
-    kept = Thumbnails(parts.bucket, folder, 10**6)
+    kept = thumbnails(folder, 10**6)
     with capture_logs() as lines:
         assert all((kept.get(each) or b"")[8:12] == b"WEBP" for each in assets)
     [line] = [each for each in lines if each["event"] == "thumbnail.not_stored"]
@@ -447,7 +434,9 @@ def test_thumbnail_folder_of_another_user_is_not_used(parts: Parts, tmp_path: Pa
 
 
 @ON_SQLITE
-def test_fifo_or_symlink_for_a_thumbnail_is_replaced(parts: Parts, tmp_path: Path) -> None:
+def test_fifo_or_symlink_for_a_thumbnail_is_replaced(
+    parts: Parts, tmp_path: Path, thumbnails: Callable[..., Thumbnails]
+) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     folder, victim = tmp_path / "t" / str(asset.sha256)[:2], tmp_path / "victim"
     victim.write_text("mine")
@@ -457,16 +446,18 @@ def test_fifo_or_symlink_for_a_thumbnail_is_replaced(parts: Parts, tmp_path: Pat
     for plant in (lambda: os.mkfifo(name), lambda: name.symlink_to(victim), lambda: name.write_bytes(bytes(2**21))):
         name.unlink(missing_ok=True)
         plant()
-        assert (Thumbnails(parts.bucket, tmp_path / "t", 10**6).get(asset) or b"")[8:12] == b"WEBP"
+        assert (thumbnails(most=10**6).get(asset) or b"")[8:12] == b"WEBP"
         assert name.is_file() and not name.is_symlink() and name.stat().st_mode & 0o777 == 0o600
     assert victim.read_text() == "mine" and (tmp_path / "t").stat().st_mode & 0o777 == 0o700
 
 
 @ON_SQLITE
-def test_a_vanished_object_has_no_thumbnail_and_is_read_once(parts: Parts, tmp_path: Path) -> None:
+def test_a_vanished_object_has_no_thumbnail_and_is_read_once(
+    parts: Parts, tmp_path: Path, thumbnails: Callable[..., Thumbnails]
+) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     parts.bucket.delete(str(asset.key))
-    kept = Thumbnails(parts.bucket, tmp_path / "t", 10**6)
+    kept = thumbnails(most=10**6)
     assert kept.get(asset) is None and kept.get(asset) is None and len(kept._failed) == 1
 
 

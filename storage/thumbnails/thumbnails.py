@@ -1,45 +1,39 @@
 """Small WebP copies of archived pictures, made at the first request and cached on disk.
 
-request ─▶ on disk? ─▶ one of two threads: object ≤ 64 MiB, ≤ 50 million pixels ─▶ decoded, 480 pixels at most ─▶ file
+request ─▶ on disk? ─▶ one of two threads: object ≤ 64 MiB ─▶ a process: ≤ 50 million pixels, 480 at most ─▶ file
 
-The file's name is the SHA-256 of the picture, so a copy is never out of date.
+The file's name is the SHA-256 of the picture, so a copy is never out of date. Pictures are decoded in processes of
+their own, because one that is valid can take minutes and gigabytes: 500 kB of a JPEG's refinement scans take three.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import structlog
-from PIL import Image, UnidentifiedImageError
 
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.errors import StoreUnavailable
 from storage.local_folder import PrivateFolder
 from storage.rows.models import Asset
+from storage.thumbnails.decoder import MAX_THUMBNAIL_BYTES, Decoder, NoThumbnail
 
 log = structlog.get_logger()
 
-SIDE_PIXELS = 480
-QUALITY = 78
 MAX_OBJECT_BYTES = 64 * 2**20
-# 150 MB as RGB. Two threads decode, so at most 300 MB are used.
-MAX_PIXELS = 50_000_000
 THREADS = 2
 # Requests beyond this many waiting ones are answered "not yet". A page of pictures makes a hundred.
 MAX_WAITING = 400
 WAIT_SECONDS = 20.0
 # A picture that failed is not tried again for this long.
 REMEMBERED_SECONDS, REMEMBERED = 600.0, 5_000
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 SUFFIX = ".webp"
-# 480 x 480 pixels as RGBA have 921,600 bytes. A larger file in the folder is not ours.
-MAX_KEPT_BYTES = 2**20
 
 
 class Thumbnails:
@@ -53,10 +47,15 @@ class Thumbnails:
         self._fault: str | None = None
         self._max_bytes = max_bytes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="thumbnail")
+        self.decoders = [Decoder() for _ in range(THREADS)]
+        self._free = SimpleQueue[Decoder]()
+        for decoder in self.decoders:
+            self._free.put(decoder)
         self._lock = threading.Lock()
         self._under_way: dict[str, Future[bytes | None]] = {}
         self._failed: dict[str, float] = {}
         self._size: int | None = None
+        self._is_closed = False
 
     def get(self, asset: Asset) -> bytes | None:
         """The small picture; None if none can be made within 20 s."""
@@ -70,15 +69,23 @@ class Thumbnails:
                 return None
             future = self._under_way.get(name)
             if future is None:
-                if len(self._under_way) >= MAX_WAITING:
+                if len(self._under_way) >= MAX_WAITING or self._is_closed:
                     return None
                 future = self._under_way[name] = self._threads.submit(
                     self._make, name, asset.key or "", asset.size or 0
                 )
         try:
             return future.result(WAIT_SECONDS)
-        except TimeoutError:
+        except (TimeoutError, CancelledError):
             return None
+
+    def close(self) -> None:
+        """Make no more, and end what is being decoded: otherwise the process waits for it at its end."""
+        with self._lock:
+            self._is_closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for decoder in self.decoders:
+            decoder.close()
 
     def _read(self, name: str) -> bytes | None:
         try:
@@ -86,17 +93,17 @@ class Thumbnails:
                 if file is None:
                     return None
                 os.utime(file.fileno())  # marks it as used now
-                content = file.read(MAX_KEPT_BYTES + 1)
+                content = file.read(MAX_THUMBNAIL_BYTES + 1)  # a larger file is not ours
         except OSError:
             return None
-        return content if len(content) <= MAX_KEPT_BYTES else None
+        return content if len(content) <= MAX_THUMBNAIL_BYTES else None
 
     def _make(self, name: str, key: str, size: int) -> bytes | None:
         try:
             if not 0 < size <= MAX_OBJECT_BYTES:
                 raise ValueError(f"{size} bytes are too many")
-            content = shrink(self._bucket.read_bytes(key, MAX_OBJECT_BYTES))
-        except (ValueError, OSError, SyntaxError, NoSuchObject, UnidentifiedImageError, Image.DecompressionBombError):
+            content = self._shrink(self._bucket.read_bytes(key, MAX_OBJECT_BYTES))
+        except (ValueError, NoSuchObject, NoThumbnail):
             self._fail(name)
             return None
         except StoreUnavailable as error:
@@ -108,6 +115,13 @@ class Thumbnails:
         finally:
             with self._lock:
                 self._under_way.pop(name, None)
+
+    def _shrink(self, content: bytes) -> bytes:
+        decoder = self._free.get()
+        try:
+            return decoder.shrink(content)
+        finally:
+            self._free.put(decoder)
 
     def _fail(self, name: str) -> None:
         """Do not try this picture again for a while."""
@@ -144,18 +158,3 @@ class Thumbnails:
                 break
             path.unlink(missing_ok=True)
             self._size -= size
-
-
-def shrink(content: bytes) -> bytes:
-    """A WebP of at most 480 pixels a side. Raises ValueError for too many pixels, OSError and others for no picture."""
-    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
-        width, height = picture.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are too many")
-        picture.draft("RGB", (SIDE_PIXELS * 2, SIDE_PIXELS * 2))  # for JPEG: decodes at a smaller size
-        has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-        small = picture.convert("RGBA" if has_alpha else "RGB")
-    small.thumbnail((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
-    target = io.BytesIO()
-    small.save(target, "WEBP", quality=QUALITY, method=2)
-    return target.getvalue()
