@@ -14,6 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from receiver.base.cached_property import cached_property
 from receiver.events.cloudevents import MEDIA_TYPE
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
+from storage.bucket.bounded_connections import bound
 
 # The limit of SendMessageBatch (SQS API reference).
 BATCH = 10
@@ -21,6 +22,7 @@ BATCH = 10
 # since 2025, compatible queues do not.
 MAX_BYTES = 250_000
 THREADS = 2
+# READ_SECONDS: until an answer begins, and of waiting for its body, which has to come at 13 kB/s then.
 CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
 AWS_HOST = re.compile(r"(?:sqs|queue)\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
 
@@ -41,12 +43,14 @@ class Sqs:
         aws = AWS_HOST.fullmatch(parts.hostname or "")
         once = {"total_max_attempts": 1}  # we have our own schedule
         options = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=once)
-        return boto3.Session().client(  # boto3's default session is not thread-safe
+        client = boto3.Session().client(  # boto3's default session is not thread-safe
             "sqs",
             endpoint_url=f"{parts.scheme}://{parts.netloc}",
             region_name=aws.group(1) if aws else None,
             config=options,
         )
+        bound(client)
+        return client
 
     def send(self, messages: Sequence[Message]) -> list[Outcome]:
         outcomes: list[Outcome] = []

@@ -1,4 +1,4 @@
-"""Bounds on what boto3 reads from a store: botocore's own connections, with a socket that counts bytes and waits.
+"""Bounds on what boto3 reads from a store or a queue, by a socket that counts bytes and waits.
 
 botocore bounds each wait alone. http.client reads any number of `100 Continue`, and a body of a byte a second never
 ends. The classes are urllib3's and botocore's; only their socket differs.

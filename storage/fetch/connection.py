@@ -21,7 +21,7 @@ from typing import Any
 
 import httpcore
 
-from storage.errors import AddressRefused
+from storage.errors import AddressRefused, FetchInterrupted
 from storage.fetch.addresses import Address, AddressPolicy
 from storage.http.connection import LOOKUP_SECONDS, GuardedStream, current_deadline, message
 
@@ -100,12 +100,18 @@ def dial(host: str, address: str, port: int, timeout: float | None) -> socket.so
 class GuardedBackend(httpcore.NetworkBackend):
     """Opens connections for an httpcore pool, only to addresses that `policy` allows.
 
-    `resolve`, `dial`: seams for tests. `dial` sees every attempted connection. `tunnel`: through which every connection
-    goes. A proxy resolves names itself, so only literal addresses are checked then.
+    `policy`: None = all, for a host that an operator chose. `resolve`, `dial`: seams for tests. `dial` sees every
+    attempted connection. `tunnel`: through which every connection goes. A proxy resolves names itself, so only literal
+    addresses are checked then.
     """
 
     def __init__(
-        self, policy: AddressPolicy, *, resolve: Resolve = resolve, dial: Dial = dial, tunnel: Tunnel | None = None
+        self,
+        policy: AddressPolicy | None,
+        *,
+        resolve: Resolve = resolve,
+        dial: Dial = dial,
+        tunnel: Tunnel | None = None,
     ) -> None:
         self._policy = policy
         self._tunnel = tunnel
@@ -131,6 +137,8 @@ class GuardedBackend(httpcore.NetworkBackend):
                 return GuardedStream(connect(port, current_deadline().allow(share)))
             except OSError as error:
                 failure = error
+            except FetchInterrupted as error:
+                raise httpcore.ConnectTimeout(str(error)) from error
         raise httpcore.ConnectError(message(failure)) from failure
 
     def checked(self, host: str, port: int, timeout: float | None = None) -> list[Address]:
@@ -151,7 +159,7 @@ class GuardedBackend(httpcore.NetworkBackend):
             address = ipaddress.ip_address(answer)
         except ValueError:
             raise AddressRefused(f"{host} resolves to a malformed address") from None
-        reason = self._policy.refuses(address, host, port)
+        reason = self._policy.refuses(address, host, port) if self._policy else None
         if reason:
             raise AddressRefused(f"{host} resolves to {address}, which may not be dialled: {reason}")
         return address

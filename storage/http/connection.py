@@ -50,6 +50,7 @@ class TransferDeadline:
     head_seconds: float
     min_bytes_per_second: float
     wait_seconds: float = math.inf
+    awaited: str = "response head"  # what `head_seconds` is for, in messages
     clock: Callable[[], float] = time.monotonic
     _ends: float = field(init=False)
     _head_ends: float = field(init=False)  # infinite during the body
@@ -80,7 +81,7 @@ class TransferDeadline:
         if now >= self._ends:
             raise FetchInterrupted(f"took longer than {self.total_seconds:g} s")
         if now >= self._head_ends:
-            raise FetchInterrupted(f"no complete response head within {self.head_seconds:g} s")
+            raise FetchInterrupted(f"no complete {self.awaited} within {self.head_seconds:g} s")
         return min(self.wait_seconds if timeout is None else timeout, self._ends - now, self._head_ends - now)
 
     def moved(self, size: int, waited: float) -> None:
@@ -239,8 +240,8 @@ class GuardedStream(httpcore.NetworkStream):
             return GuardedStream(ssl_context.wrap_socket(self._socket, server_hostname=server_hostname))
         except BaseException as error:
             self.close()
-            if isinstance(error, TimeoutError):
-                raise httpcore.ConnectTimeout from error
+            if isinstance(error, TimeoutError | FetchInterrupted):
+                raise httpcore.ConnectTimeout(str(error)) from error
             if isinstance(error, OSError):
                 raise httpcore.ConnectError(f"TLS: {message(error)}") from error
             raise

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import httpx
+import httpcore
 from pydantic import SecretStr
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
+from receiver.providers import http_api
 from receiver.providers.base import (
     Created,
     Estimate,
@@ -49,20 +50,20 @@ from storage.circuit import Circuit
 from storage.egress import EgressProxy
 from storage.errors import (
     AccountRefused,
+    FetchInterrupted,
+    FetchRefused,
+    FetchTooLarge,
     FetchUnusable,
     ProviderRejected,
     ProviderThrottled,
     ReportUnreadable,
     UserError,
 )
-from storage.fetch import connection
-from storage.gzip_members import without_codings
+from storage.fetch.addresses import host_name
 from storage.http_date import http_date
 from storage.states import Report
 
 CREATE_PATH = "/v1/images/omni-image"
-# httpx copies the rest of a piece after each send.
-PIECE_BYTES = 256 * 1024
 BATCH_PATH = "/tasks"
 MAX_BATCH_IDS = 20  # 21 are answered 400/1201 (observed)
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
@@ -84,7 +85,7 @@ def encode_in_pieces(fields: Mapping[str, Any]) -> list[bytes]:
 class Kling:
     """The provider `kling`, as `receiver.providers.base.Provider` describes it. Safe to share between threads.
 
-    `timeout_seconds`: for each connect, write and read, and for a whole body. `now`: Unix seconds.
+    `timeout_seconds`: see `http_api.HttpApi`. `now`: Unix seconds.
     `circuit` counts a call as failed when the provider did not answer; a refusal is an answer.
     Raises `OptionInvalid` for a base URL, key or webhook secret of an invalid form; its message contains none of them.
     """
@@ -120,21 +121,15 @@ class Kling:
         forks.renew_in_children(self)
 
     def begin_in_child(self) -> None:
-        # The request carries the key, so it follows no redirect and uses no proxy of the environment.
-        self._client = httpx.Client(
-            verify=connection.tls_context(),
-            trust_env=False,
-            proxy=self._proxy.url if self._proxy else None,
-            follow_redirects=False,
-            timeout=self._timeout_seconds,
-            headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "kling-receiver"},
+        self._api = http_api.HttpApi(
+            self._base_url, timeout_seconds=self._timeout_seconds, max_bytes=MAX_ANSWER_BYTES, proxy=self._proxy
         )
 
     def __repr__(self) -> str:
         return f"Kling(base_url={self._base_url!r})"
 
     def close(self) -> None:
-        self._client.close()
+        self._api.close()
 
     def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Created:
         fields = {**request, "external_task_id": external_task_id}
@@ -243,48 +238,37 @@ class Kling:
         raise AccountRefused("no provider credentials are configured; set RECEIVER_KLING_API_KEY")
 
     def _exchange(self, method: str, path: str, content: Sequence[bytes] | None, token: str) -> Answer:
-        headers, sent = {"Authorization": f"Bearer {token}"}, None
+        headers = {"Authorization": f"Bearer {token}"}
         if content is not None:
-            headers |= {"Content-Type": "application/json", "Content-Length": str(sum(map(len, content)))}
-            sent = (each[at : at + PIECE_BYTES] for each in content for at in range(0, len(each), PIECE_BYTES))
+            headers["Content-Type"] = "application/json"
         try:
-            with self._client.stream(method, self._base_url + path, content=sent, headers=headers) as response:
-                body = self._body(response)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
+            answer = self._api.send(method, path, headers, content)
+        except (httpcore.ConnectError, httpcore.ConnectTimeout, httpcore.PoolTimeout, httpcore.ProxyError) as error:
             reason = self._safe(str(error)) or type(error).__name__
             if self._proxy is not None and not _is_of_tls(error):
                 raise ProxyUnavailable(f"{self._proxy.name} gave no connection ({reason})") from None
             raise Unavailable(f"no connection to the provider ({reason})", sent=False) from None
-        except httpx.HTTPError as error:
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
             raise Unavailable(f"the connection broke ({type(error).__name__})") from None
         except FetchUnusable as error:
             raise Unavailable(f"the answer cannot be read: {error}") from None
-        self._note_date(response.headers.get("date"))
-        return self._answer(response, body)
+        except (FetchInterrupted, FetchTooLarge) as error:
+            raise Unavailable(str(error)) from None
+        self._note_date(answer.headers.get("date"))
+        return self._read_answer(answer)
 
-    def _body(self, response: httpx.Response) -> bytes:
-        body = bytearray()
-        ends_at = time.monotonic() + self._timeout_seconds
-        for block in without_codings(response.iter_raw(), response.headers.get("content-encoding", "")):
-            body += block
-            if len(body) > MAX_ANSWER_BYTES:
-                raise Unavailable(f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
-            if time.monotonic() > ends_at:
-                raise Unavailable(f"the answer took longer than {self._timeout_seconds:g} s")
-        return bytes(body)
-
-    def _answer(self, response: httpx.Response, body: bytes) -> Answer:
+    def _read_answer(self, answer: http_api.Answer) -> Answer:
         try:
-            document = loads(body)
+            document = loads(answer.body)
         except (ValueError, RecursionError):
             document = None
         document = document if isinstance(document, dict) else None
         return Answer(
-            http_status=response.status_code,
+            http_status=answer.status,
             document=document,
             code=whole((document or {}).get("code")),
             message=self._safe(message_in(document or {})),
-            after=retry_after(response.headers.get("retry-after"), self._now()),
+            after=retry_after(answer.headers.get("retry-after"), self._now()),
         )
 
     def _note_date(self, header: str | None) -> None:
@@ -329,7 +313,11 @@ class _Jwt:
 def _checked_base_url(base_url: str) -> str:
     parts = urlsplit(base_url)
     extras = parts.query or parts.fragment or parts.username or parts.password
-    if parts.scheme not in ("http", "https") or not parts.hostname or extras:
+    try:
+        is_valid = parts.scheme in ("http", "https") and host_name(parts.hostname or "") and parts.port != 0
+    except (FetchRefused, ValueError):
+        is_valid = False
+    if not is_valid or extras:
         raise OptionInvalid("base_url must be http(s)://HOST[/PATH], without user, query or fragment")
     return base_url.rstrip("/")
 

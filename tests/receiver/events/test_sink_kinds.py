@@ -28,7 +28,7 @@ from receiver.app.wiring import Parts
 from receiver.base.signature import client_secret
 from receiver.events import sqs
 from receiver.events.cloudevents import event_id
-from receiver.events.dispatcher import NotTried, SinkRefused, SinkUnavailable
+from receiver.events.dispatcher import NotTried, SinkRefused, SinkSilent, SinkUnavailable
 from receiver.events.lines import Lines
 from receiver.events.sqs import Sqs
 from receiver.gateway import client_callback
@@ -42,6 +42,7 @@ from storage.rows.models import Event
 from storage.states import DispatchState
 from tests.forked import Forked
 from tests.harness import ROOT, wait_until
+from tests.loopback import Listener
 from tests.pipeline import Web, working
 from tests.sink_pairs import (
     STEPS,
@@ -336,6 +337,31 @@ def test_messages_beyond_one_call_are_sent_in_several(queues: Any) -> None:
     assert isinstance(outcomes[15], SinkRefused)
     counted = queues.get_queue_attributes(QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages"])
     assert counted["Attributes"]["ApproximateNumberOfMessages"] == "15"
+
+
+@pytest.mark.parametrize(
+    ("first", "again"), [(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), (b"", b"HTTP/1.1 100 Continue\r\n\r\n")]
+)
+def test_a_queue_whose_answer_never_begins_is_silent(
+    monkeypatch: pytest.MonkeyPatch, first: bytes, again: bytes
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "us-east-1")
+    monkeypatch.setattr(sqs, "READ_SECONDS", 0.3)
+
+    def drip(connection: socket.socket) -> None:
+        connection.recv(65_536)
+        connection.sendall(first)
+        for _ in range(200):
+            connection.sendall(again)
+            time.sleep(0.05)
+
+    queue = Listener(drip)
+    started = time.monotonic()
+    with closing(Sqs(f"http://127.0.0.1:{queue.port}/queue")) as sink:
+        assert [type(outcome) for outcome in sink.send(messages(1))] == [SinkSilent]
+    queue.close()
+    assert time.monotonic() - started < 5
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ class Scripted(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answering)
+        self.delay_seconds = 0.0  # before a body is read
         self.answers: list[tuple[int, Any, dict[str, str]]] = []
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -66,6 +67,7 @@ class _Answering(BaseHTTPRequestHandler):
     server: Scripted
 
     def do_GET(self) -> Any:
+        time.sleep(self.server.delay_seconds)
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, sent))
         answers = self.server.answers
@@ -92,16 +94,29 @@ def hang_up(handler: _Answering) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
-def drip(handler: _Answering) -> None:
-    """One byte every 20 ms, at most for 10 s."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "500")
-    handler.end_headers()
-    with contextlib.suppress(OSError):
-        for _ in range(500):
-            handler.wfile.write(b" ")
-            time.sleep(0.02)
-    handler.close_connection = True
+def dripping(first: bytes, again: bytes) -> Callable[[_Answering], None]:
+    """Sends `first`, then `again` every 20 ms, at most for 10 s."""
+
+    def drip(handler: _Answering) -> None:
+        with contextlib.suppress(OSError):
+            handler.wfile.write(b"HTTP/1.1 " + first)
+            for _ in range(500):
+                handler.wfile.write(again)
+                time.sleep(0.02)
+        handler.close_connection = True
+
+    return drip
+
+
+CHUNKED = b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+DRIPS = {
+    "status": dripping(b"200 ", b"O"),
+    "head": dripping(b"200 OK\r\n", b"X: y\r\n"),
+    "early hints": dripping(b"103 E\r\n\r\n", b"HTTP/1.1 103 E\r\n\r\n"),
+    "body": dripping(b"200 OK\r\nContent-Length: 500\r\n\r\n", b" "),
+    "chunk's head": dripping(CHUNKED + b"1;", b"x"),
+    "chunks": dripping(CHUNKED, b"1\r\n \r\n"),
+}
 
 
 @pytest.fixture
@@ -286,10 +301,45 @@ def test_silent_provider_leaves_the_create_open(make: Callable[..., Kling]) -> N
     assert caught.value.sent is True
 
 
-def test_an_answer_that_drips_is_cut_off(server: Scripted, make: Callable[..., Kling]) -> None:
-    server.answer(drip)
-    with pytest.raises(Unavailable, match=r"took longer|ReadTimeout"):
+@pytest.mark.parametrize("part", DRIPS)
+def test_an_answer_that_drips_is_cut_off(server: Scripted, make: Callable[..., Kling], part: str) -> None:
+    """Each byte restarts a timeout of single reads, and would hold a thread for as long as bytes come."""
+    server.answer(DRIPS[part])
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"no complete answer within 0\.5 s") as caught:
         create(make(timeout_seconds=0.5))
+    assert time.monotonic() - started < 4
+    assert caught.value.sent is True
+
+
+def test_an_answer_whose_head_is_too_long_is_refused(server: Scripted, kling: Kling) -> None:
+    server.answer(lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 40_000))
+    with pytest.raises(Unavailable, match="RemoteProtocolError"):
+        create(kling)
+
+
+def test_a_large_request_may_take_longer_than_an_answer(server: Scripted, make: Callable[..., Kling]) -> None:
+    server.delay_seconds = 1.0
+    server.answer(OK_TASK)
+    pictures = [{"image": "A" * 9_000_000} for _ in range(2)]
+    kling = make(timeout_seconds=0.5)
+    assert kling.create(REQUEST | {"image_list": pictures}, external_task_id="mine", callback_url=None)
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 75", "Transfer-Encoding: chunked"])
+def test_a_connection_is_kept_after_a_complete_answer(server: Scripted, kling: Kling, framing: str) -> None:
+    places = []
+
+    def answer(handler: _Answering) -> None:
+        places.append(handler.client_address)
+        body = json.dumps(OK_TASK).ljust(75).encode()
+        coded = body if "Length" in framing else b"4b\r\n" + body + b"\r\n0\r\n\r\n"
+        handler.wfile.write(f"HTTP/1.1 200 OK\r\n{framing}\r\n\r\n".encode() + coded)
+
+    server.answer(answer)
+    for _ in range(2):
+        kling.read(provider_task_id="9", external_task_id="x")
+    assert places[0] == places[1]
 
 
 def zeros(megabytes: int) -> bytes:
