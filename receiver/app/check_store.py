@@ -23,6 +23,7 @@ from storage.bucket.store_errors import (
 )
 from storage.errors import ObjectRefused, StoreUnavailable
 from storage.operations import heartbeats
+from storage.operations.counted import counted
 from storage.rows.models import Asset
 from storage.states import AssetState
 
@@ -149,6 +150,8 @@ def of_workers(parts: Parts, results: Sequence[Result], started_store: bool) -> 
     with parts.database.read() as session:
         latest = session.exec(found.group_by(col(Asset.error)).order_by(func.max(Asset.due_at).desc()).limit(1)).first()
     if latest is not None:
-        line = f"{latest[1]} files wait because a running worker was told otherwise: {latest[0]}"
+        line = (
+            f"{counted(latest[1], 'file waits', 'files wait')} because a running worker was told otherwise: {latest[0]}"
+        )
         advice = "if that stays, give the workers this command's environment and credentials, and restart them"
         yield Result("bucket: workers", Status.NOTE, line, advice)

@@ -42,6 +42,7 @@ from storage.errors import (
     UserError,
 )
 from storage.operations import heartbeats
+from storage.operations.counted import counted
 from storage.own_files import is_writable_by_others
 from storage.rows.models import Task
 from storage.spool import room
@@ -220,9 +221,11 @@ def _callback_secrets(parts: Parts) -> Result:
             count += 1
             unlisted += parts.tokens.read(name, str(url).rpartition("/")[2]) is None
     if not unlisted:
-        line = f"{count} unfinished tasks have a callback URL, and a listed secret made each"
+        have = counted(count, "unfinished task has", "unfinished tasks have")
+        line = f"{have} a callback URL, and a listed secret made each"
         return Result("callback secrets", Status.OK, line)
-    line = f"{unlisted} of {count} unfinished tasks have a callback URL that no listed secret made"
+    have = f"{counted(count, 'unfinished task')} {'has' if unlisted == 1 else 'have'}"
+    line = f"{unlisted} of {have} a callback URL that no listed secret made"
     advice = "list the secret of that time after the others in RECEIVER_CALLBACK_SECRETS until they have ended"
     return Result("callback secrets", Status.FAULT, line, advice)
 
@@ -244,11 +247,13 @@ def _slots(parts: Parts) -> Result:
         advice = (
             "set RECEIVER_KLING_SLOTS to what the account's pack allows, so that no create is refused for lack of slots"
         )
-        return Result("slots", Status.NOTE, f"no limit of our own; {held} pictures are in progress", advice)
+        pictures = counted(held, "picture is in progress", "pictures are in progress")
+        return Result("slots", Status.NOTE, f"no limit of our own; {pictures}", advice)
     lowered = (
         f" (lowered from {parts.slots.setting}: the provider said it was full)" if limit != parts.slots.setting else ""
     )
-    return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waiting} tasks wait for slots")
+    waits = counted(waiting, "task waits for slots", "tasks wait for slots")
+    return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waits}")
 
 
 def _pauses(parts: Parts) -> Iterator[Result]:

@@ -16,6 +16,7 @@ from receiver.base.visible import visible
 from receiver.cli.opening import opened
 from receiver.cli.operate import DryRun, Json, Since, Until
 from receiver.cli.terminal import json_text, say, say_json, write
+from storage.operations.counted import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,8 +98,9 @@ def rebuild(
     if as_json:
         _close_json(counts, is_good=not counts["problems"])
     else:
-        restored = f"restored {counts['tasks']:,} tasks with {counts['assets']:,} files"
-        say(f"{restored}; {counts['known']:,} were there already; {counts['problems']:,} problems")
+        restored = f"restored {counted(counts['tasks'], 'task')} with {counted(counts['assets'], 'file')}"
+        known = counted(counts["known"], "was there already", "were there already")
+        say(f"{restored}; {known}; {counted(counts['problems'], 'problem')}")
     if counts["problems"]:
         raise typer.Exit(1)
 
@@ -142,7 +144,10 @@ def export(
         say_json({"ok": not faults, **done})
     else:
         lost = f"; {len(accepted):,} accepted as lost" if accepted else ""
-        say(f"{files:,} files, {copied_bytes:,} bytes, all verified; {len(faults):,} could not be exported{lost}")
+        say(
+            f"{counted(files, 'file')}, {copied_bytes:,} bytes, all verified; "
+            f"{len(faults):,} could not be exported{lost}"
+        )
     if faults:
         raise typer.Exit(1)
 
@@ -173,7 +178,7 @@ def delete(
         say_json({"ok": True, "dry_run": False, **vars(done)})
     else:
         before = "; it had been deleted before" if done.again else ""
-        say(f"deleted; {done.objects:,} objects removed{before}")
+        say(f"deleted; {counted(done.objects, 'object')} removed{before}")
 
 
 def _show_deletable(keys: list[str], as_json: bool) -> None:
@@ -232,7 +237,8 @@ def _repaired(batch: Batch, repairer: Repairer | None) -> Batch:
 
 
 def _audit_line(counts: Counts) -> str:
-    looked = f"{counts.assets:,} files in {counts.folders:,} folders, {counts.hashed:,} of them read and hashed"
+    files = f"{counted(counts.assets, 'file')} in {counted(counts.folders, 'folder')}"
+    looked = f"{files}, {counts.hashed:,} of them read and hashed"
     found = ", ".join(f"{kind.replace('_', ' ')}: {count:,}" for kind, count in sorted(counts.found.items()))
     return f"{looked}; {found or 'nothing is wrong'}"
 

@@ -15,6 +15,7 @@ from receiver.cli.operate import DryRun, Json, _answer
 from receiver.cli.serve import AllowHttp
 from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json
 from storage.keys import as_argument
+from storage.operations.counted import counted
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -308,7 +309,7 @@ def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
     else:
         say(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; {_next(plan.name)}")
     if plan.left_over:
-        say(f"{plan.left_over:,} tasks of this batch are not in the file; they go on all the same", err=True)
+        say(f"not in the file: {counted(plan.left_over, 'task')} of this batch, which go on all the same", err=True)
     say(*show.pausing(parts), err=True)
     if not alive:
         say(show.no_worker(parts, ", so nothing is sent yet"), err=True)
@@ -338,11 +339,12 @@ def _show_estimate(parts: Parts, plan: Plan, lines: Sequence[Line], prices: Path
 
 def _cost(found: Estimate) -> str:
     most = "at most " if found.auto else ""
-    text = f"{most}{found.pictures:,} pictures ({found.slots:,} slots)"
+    text = f"{most}{counted(found.pictures, 'picture')} ({counted(found.slots, 'slot')})"
     if found.unpriced < found.pictures or not found.pictures:
         text += f", {most}{found.units:,f} units = {most}{found.usd:,.3f} USD by prices of {found.date}"
     if found.auto:
-        text += f"; {found.auto:,} series of automatic length count as nine pictures"
+        series = counted(found.auto, "series of automatic length counts", "series of automatic length count")
+        text += f"; {series} as nine pictures"
     if found.unpriced:
         text += f"; no price is known for {found.unpriced:,} of the pictures"
     return text
@@ -356,4 +358,4 @@ def _show_faults(file: str, error: BatchInvalid, *, as_json: bool) -> None:
         say(f"{file}:{fault.line}: {fault.text}", err=True)
     if len(error.faults) > MAX_SHOWN:
         say(f"… and {len(error.faults) - MAX_SHOWN:,} more; --json shows all", err=True)
-    say(f"{len(error.faults):,} faults; nothing was sent", err=True)
+    say(f"{counted(len(error.faults), 'fault')}; nothing was sent", err=True)

@@ -11,6 +11,7 @@ import typer
 from receiver.cli.opening import opened
 from receiver.cli.serve import AllowHttp
 from receiver.cli.terminal import say, say_json
+from storage.operations.counted import counted
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -131,7 +132,7 @@ def reconcile(
             from receiver.app.read_now import read_now
 
             lane = next(lane for lane in parts.lanes() if lane.name == "reads")
-            with Console(stderr=True).status(f"reading {len(reads.ids)} tasks"):
+            with Console(stderr=True).status(f"reading {counted(len(reads.ids), 'task')}"):
                 done = read_now(parts.database, lane, reads, lease_seconds=parts.settings.lease_seconds)
             tally.counts.update(done.counts)
             tally.left.update(done.left)

@@ -12,6 +12,7 @@ import typer
 from receiver.base.collector import collector_paused, import_without_rich
 from receiver.cli.opening import opened
 from receiver.cli.terminal import OutputFailed, say
+from storage.operations.counted import counted
 
 if TYPE_CHECKING:
     from receiver.base.config import Settings
@@ -55,7 +56,7 @@ def work(
         if not supervised:  # `receiver serve` has logged it already
             _name_settings(parts.settings)
         if once:
-            say(f"worked on {process.work_once(parts)} rows")
+            say(f"worked on {counted(process.work_once(parts), 'row')}")
         else:
             process.work(parts, supervised=supervised)
 

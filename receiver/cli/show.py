@@ -20,6 +20,7 @@ from storage.accounts import pauses
 from storage.archive import continuous_audit
 from storage.bucket import store_errors
 from storage.operations import deadlines, heartbeats
+from storage.operations.counted import counted
 from storage.operations.measures import Measures, measure, waiting_lines
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
@@ -146,7 +147,8 @@ def _reason(asset: Asset) -> str:
     if (found := waiting_of(asset)) is None:
         next_try = next_try_of(asset)
         return f"next try at {next_try}: {asset.error}" if next_try else asset.error or ""
-    return f"not yet, {found['tries']} tries since {found['since']}, next at {found['next_try_at']}: {asset.error}"
+    tries = counted(found["tries"], "try", "tries")
+    return f"not yet, {tries} since {found['since']}, next at {found['next_try_at']}: {asset.error}"
 
 
 def latest(parts: Parts, limit: int) -> list[Task]:
@@ -199,10 +201,11 @@ def paused(found: Measures) -> list[str]:
 
 def _accounts(found: Measures) -> Iterator[str]:
     for name, account in found.accounts.items():
+        waits = counted(account.tasks_queued, "task waits", "tasks wait")
         if account.slot_limit is not None:
-            yield f"{name}: {account.slots_held} of {account.slot_limit} slots held, {account.tasks_queued} tasks wait"
+            yield f"{name}: {account.slots_held} of {counted(account.slot_limit, 'slot')} held, {waits}"
         elif account.tasks_queued:
-            yield f"{name}: {account.tasks_queued} tasks wait for slots"
+            yield f"{name}: {waits} for slots"
 
 
 def _sinks(found: Measures) -> Iterator[str]:

@@ -32,6 +32,7 @@ from storage.errors import (
     UserError,
 )
 from storage.keys import check_new_id
+from storage.operations.counted import counted
 from storage.rows import claims, tasks
 from storage.rows.events import EventName, record
 from storage.rows.models import Task
@@ -120,7 +121,7 @@ class Submitter:
     def check_slots(self, request: ProviderRequest) -> None:
         """Raises `RequestInvalid` when it asks for more pictures at once than the account has slots."""
         if self._slots.setting is not None and (wanted := request.slots) > self._slots.setting:
-            allowed = f"the account has {self._slots.setting} slots (RECEIVER_KLING_SLOTS)"
+            allowed = f"the account has {counted(self._slots.setting, 'slot')} (RECEIVER_KLING_SLOTS)"
             raise RequestInvalid([f"asks for up to {wanted} pictures at once, {allowed}"])
 
     def row(self, request: ProviderRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:

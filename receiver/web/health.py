@@ -28,6 +28,7 @@ from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats, measures, outbox
+from storage.operations.counted import counted
 from storage.operations.ended import EndedLastDay
 from storage.rows import events, migrations
 from storage.rows.deliveries import Delivery, store
@@ -159,12 +160,14 @@ class Health:
         undelivered += [f"sink {name} is disabled" for name in disabled]
         return {
             "events": ", ".join(undelivered) or "ok",
-            "work": f"{overdue} rows are overdue" if overdue else "ok",
-            "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+            "work": counted(overdue, "row is overdue", "rows are overdue") if overdue else "ok",
+            "deadlines": counted(near, "task is about to lose files", "tasks are about to lose files")
+            if near
+            else "ok",
             "account": "; ".join(paused) or "ok",
             "files": str(unusable) if unusable.said else "ok",
             "waiting": "; ".join(measures.waiting_lines(waits)) or "ok",
-            "audit": f"{faults} faults, see receiver status" if faults else "ok",
+            "audit": f"{counted(faults, 'fault')}, see receiver status" if faults else "ok",
         }
 
     async def metrics(self, request: Request) -> Response:

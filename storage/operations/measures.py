@@ -17,6 +17,7 @@ from storage.archive import continuous_audit
 from storage.bucket import store_errors
 from storage.database.clock import db_now_once
 from storage.operations import deadlines, outbox
+from storage.operations.counted import counted
 from storage.operations.ended import Ended, EndedLastDay
 from storage.rows import events, tasks
 from storage.rows.models import Asset, Callback, Dispatch, Task
@@ -167,7 +168,11 @@ def count_dead_events(session: Session) -> int:
 def unnumbered_fault(session: Session) -> str:
     """What is wrong with numbers, empty if nothing. Workers number an event within a second."""
     count, seconds = events.unnumbered(session)
-    return f"{count} events have no number, the oldest for {seconds:.0f} s" if seconds > OVERDUE_SECONDS else ""
+    return (
+        f"{counted(count, 'event has', 'events have')} no number, the oldest for {seconds:.0f} s"
+        if seconds > OVERDUE_SECONDS
+        else ""
+    )
 
 
 def count_deadline_near(session: Session, seconds: float) -> int:
@@ -189,7 +194,7 @@ class UnusableFiles:
     next_try_at: datetime | None = None
 
     def __str__(self) -> str:
-        words = f"{self.files} files came unusable"
+        words = f"{counted(self.files, 'file')} came unusable"
         if self.since and self.next_try_at:
             words += f" since {self.since:%Y-%m-%d %H:%M} UTC, next try at {self.next_try_at:%Y-%m-%d %H:%M} UTC"
         return words
@@ -218,7 +223,7 @@ def store_waits(session: Session) -> dict[str, int]:
 
 
 def waiting_lines(store_waits: dict[str, int]) -> list[str]:
-    return [f"{count} files wait: {cause}" for cause, count in store_waits.items()]
+    return [f"{counted(count, 'file waits', 'files wait')}: {cause}" for cause, count in store_waits.items()]
 
 
 def count_overdue(session: Session) -> int:

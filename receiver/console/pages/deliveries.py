@@ -18,6 +18,7 @@ from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
 from receiver.console.visit import Visit
 from receiver.tasks.changes import Tally
 from storage.filters import DeliveryFilter, is_number, read_filter
+from storage.operations.counted import counted
 from storage.operations.lists import newest_deliveries, outcome_of_replay, task_of
 from storage.rows.models import Callback
 from storage.rows.task_conditions import DISMISSED
@@ -118,7 +119,7 @@ class Deliveries:
         visit.say(visit.text(said, n=len(done)), bad=not done)
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
             visit.say(visit.cause(why, 200), bad=True)
-        subject = f"{len(done)} deliveries from {min(done, default='')}"
+        subject = f"{counted(len(done), 'delivery', 'deliveries')} from {min(done, default='')}"
         return note_act(self._of, visit.session.name, action, subject, set(done.values()), **data) if done else None
 
     def _chosen(self, visit: Visit) -> tuple[Sequence[Any], str]:

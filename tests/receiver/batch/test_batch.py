@@ -599,7 +599,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(
     assert "8 pictures (8 slots), 64 units = 0.224 USD by prices of 2026-09" in done.out
     Path("new.jsonl").write_bytes(jsonl({**GOOD, "model_name": "kling-v9"}))
     done = command("submit", "--batch", "new.jsonl", "--dry-run")
-    assert "1 pictures (1 slots); no price is known for 1 of the pictures" in done.out
+    assert "1 picture (1 slot); no price is known for 1 of the pictures" in done.out
     assert rows(parts) == []
     monkeypatch.setenv("RECEIVER_DATABASE_URL", "sqlite:///no.db")
     assert command("submit", "--batch", "night.jsonl", "--dry-run", "--json").json["new"] == 6

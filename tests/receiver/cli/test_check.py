@@ -283,6 +283,14 @@ def test_account_url_is_printed_to_paste(look: Look) -> None:
     assert Tokens([SecretStr(CALLBACK_SECRET)]).read("kling", token) == NO_TASK
 
 
+def test_one_thing_is_counted_in_the_singular(look: Look, database: Database) -> None:
+    with database.write() as session:
+        new_task(session, callback_url="https://example.com/callbacks/kling/of-an-older-secret")
+    found = look(database.url.render_as_string(hide_password=False))
+    assert found["callback secrets"].line.startswith("1 of 1 unfinished task has a callback URL")
+    assert found["slots"].line.endswith("0 pictures are in progress")
+
+
 def test_unsigned_callbacks_are_a_note(look: Look) -> None:
     public = {"public_url": "https://example.com"}
     note = look(**public)["callbacks: unsigned"]

@@ -203,7 +203,7 @@ def test_what_was_not_replayed_is_not_noted(parts: Parts, ann: Reader, monkeypat
     assert "1 delivery was put back" in told.text and "its signature does not verify" in told.text
     assert "1 delivery waits for a worker" in told.text
     assert "0 deliveries were put back" in ann.post("/act/replay", delivery=other.id).text
-    assert acts(parts) == [("replay", f"1 deliveries from {good.id}", "None")]
+    assert acts(parts) == [("replay", f"1 delivery from {good.id}", "None")]
 
 
 @pytest.mark.parametrize("path", ["/deliveries", "/deliveries/replay"])

@@ -445,7 +445,7 @@ def test_readiness_and_metrics_show_faults(web: Web, parts: Parts) -> None:
     time.sleep(readiness.FRESH_SECONDS)
     ready = httpx.get(f"{web.url}/readyz", headers=permitted)
     assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
-    assert ready.json()["checks"]["audit"] == "1 faults, see receiver status"
+    assert ready.json()["checks"]["audit"] == "1 fault, see receiver status"
     numbers = httpx.get(f"{web.url}/metrics", headers=permitted).text
     told = dict(line.split() for line in numbers.splitlines() if line.startswith("receiver_audit"))
     assert 0 <= float(told.pop("receiver_audit_age_seconds")) < 60

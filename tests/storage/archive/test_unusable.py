@@ -24,6 +24,7 @@ from receiver.tasks.operate import Operator
 from storage.archive import manifest
 from storage.archive.unusable import DELAYS_SECONDS, MARGIN_SECONDS, MAX_TRIES, next_try
 from storage.operations import deadlines, maintenance, measures
+from storage.operations.counted import counted
 from storage.rows.models import Asset, Task
 from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState
 from tests.harness import wait_until
@@ -385,11 +386,12 @@ def test_readiness_and_status_show_unusable_files_with_their_times(
     assert since is not None and due_at is not None
     checks = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}).json()["checks"]
     times = f"since {since:%Y-%m-%d %H:%M} UTC, next try at {due_at:%Y-%m-%d %H:%M} UTC"
-    assert checks["files"] == f"1 files came unusable {times}"
+    assert checks["files"] == f"1 file came unusable {times}"
     show.show(parts, "task")
     said = "".join(capsys.readouterr().out.split())  # the table wraps
     next_at = due_at.isoformat(timespec="seconds")
-    words = f"not yet, {asset.unusable_tries} tries since {since.isoformat(timespec='seconds')}, next at {next_at}:"
+    tries = counted(asset.unusable_tries, "try", "tries")
+    words = f"not yet, {tries} since {since.isoformat(timespec='seconds')}, next at {next_at}:"
     assert words.replace(" ", "") in said
 
 

@@ -218,7 +218,7 @@ def test_account_without_a_limit_is_measured_from_its_rows(parts: Parts) -> None
     assert measured(parts).accounts == {}
     queued(parts, held=1, waiting=1)
     assert measured(parts).accounts == {"kling": AccountMeasures(2, None, 1)}
-    assert "kling: 1 tasks wait for slots" in show.summary(measured(parts))
+    assert "kling: 1 task waits for slots" in show.summary(measured(parts))
 
 
 @pytest.mark.databases("sqlite")
@@ -345,12 +345,12 @@ def test_status_and_readiness_count_files_that_wait_for_the_store_or_the_spool(w
     causes = measured(parts).as_dict()["store_waits"]
     assert (sorted(causes.values()), causes[SPOOL_FULL], causes[NO_SPOOL]) == ([1, 1, 1, 3], 1, 1)
     limit = "3 files wait: a limit in front of the store at store.example:9000 refuses objects of their size"
-    away = "1 files wait: the store at store.example:9000 cannot be reached"
+    away = "1 file waits: the store at store.example:9000 cannot be reached"
     token = {"Authorization": "Bearer a-token"}
     with running(parts.worker([])):  # waiting files do not make the receiver degraded
         wait_until(lambda: httpx.get(f"{web.url}/readyz?strict=1", headers=token).status_code == 200)
         said = httpx.get(f"{web.url}/readyz", headers=token).json()["checks"]
-    for words in (limit, away, f"1 files wait: {SPOOL_FULL}", f"1 files wait: {NO_SPOOL}"):
+    for words in (limit, away, f"1 file waits: {SPOOL_FULL}", f"1 file waits: {NO_SPOOL}"):
         assert words in show.summary(measured(parts))
         assert words in said["waiting"]
 
@@ -380,4 +380,4 @@ def test_gauges_and_readiness_show_overdue_work(web: Web, parts: Parts) -> None:
     ready = httpx.get(f"{web.url}/readyz", headers=permitted)
     assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
     late = {name: ready.json()["checks"][name] for name in ("work", "deadlines")}
-    assert late == {"work": "2 rows are overdue", "deadlines": "1 tasks are about to lose files"}
+    assert late == {"work": "2 rows are overdue", "deadlines": "1 task is about to lose files"}
