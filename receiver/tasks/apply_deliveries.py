@@ -15,6 +15,7 @@ import structlog
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider
+from receiver.tasks.allowance import Allowance
 from storage import states
 from storage.database.clock import db_now
 from storage.database.sessions import Database
@@ -37,6 +38,9 @@ BATCH = 16
 # An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
+# Events of no task, at once and a minute, in each worker process. A thousand of them, by deliveries at the account URL,
+# kept the events of all tasks waiting for minutes at a slow sink.
+MAX_NOBODYS_EVENTS = 10
 NOW = db_now()  # made once: it takes as long as SQLite takes for a statement
 BY_READ = "confirmed by a read of the task"
 OTHERWISE = f"{NOT_BELIEVED}: a read of the task found otherwise"
@@ -119,6 +123,7 @@ class DeliveryApplier:
         self._providers = providers
         self._schedule = schedule
         self._confirmation = confirmation
+        self._nobodys_events = Allowance(MAX_NOBODYS_EVENTS / 60, MAX_NOBODYS_EVENTS)
 
     def work(self, row: Callback) -> None:
         """Apply one claimed delivery."""
@@ -170,7 +175,7 @@ class DeliveryApplier:
         if task is None and (named := find(session, row.provider, external_id, provider_id)):
             task = tasks.lock_unattached(session, named)
         if task is None:
-            record(session, EventName.CALLBACK_UNMATCHED, row.task_id, {"callback": row.id})
+            self._record(session, EventName.CALLBACK_UNMATCHED, row)
             return Verdict(CallbackState.UNMATCHED, "no task of ours has this id", external_id, provider_id)
         owner = aliases.by_provider_id(session, task.provider, provider_id) if provider_id else None
         contradiction = None
@@ -180,7 +185,7 @@ class DeliveryApplier:
             contradiction = "the body's task_id belongs to another task"
         if contradiction:
             # An event of the token's task, because a stranger may name any task at the account's URL.
-            record(session, EventName.CALLBACK_REJECTED, row.task_id, {"callback": row.id, "reason": contradiction})
+            self._record(session, EventName.CALLBACK_REJECTED, row, reason=contradiction)
             verdict = Verdict(CallbackState.REJECTED, contradiction)
         else:
             verdict = self._apply_or_request_read(session, row, task, parsed)
@@ -188,6 +193,14 @@ class DeliveryApplier:
                 task.callback_reads = task.callback_reads or 1
             tasks.save(session, task)
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
+
+    def _record(self, session: Session, name: EventName, row: Callback, **facts: Any) -> None:
+        """Record an event of the token's task. Those of no task are limited; a repeated write counts again."""
+        if row.task_id is None:
+            if self._nobodys_events.is_spent:
+                return
+            self._nobodys_events.spend(1)
+        record(session, name, row.task_id, {"callback": row.id, **facts})
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
         """Read the task, because a delivery arrived for it that cannot be parsed."""

@@ -16,7 +16,8 @@ from sqlalchemy import func, text
 from sqlmodel import Session, col, select
 
 from receiver.tasks import apply_deliveries
-from receiver.web.rate_limits import REMEMBERED_TASKS, Allowance
+from receiver.tasks.allowance import Allowance
+from receiver.web.rate_limits import REMEMBERED_TASKS
 from receiver.web.refusals import AT_ONCE, LATE, RETRY_SOON, Refused
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable

@@ -1,4 +1,4 @@
-"""Rate limits: one action per task and interval, an amount per second, and delayed answers."""
+"""Rate limits: one action per task and interval, and delayed answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import uuid
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 from starlette.types import Receive, Scope
+
+from receiver.tasks.allowance import Allowance
 
 REMEMBERED_TASKS = 10_000
 # How many answers that need no key are sent at once, each second and after a pause; health checks ask once a second.
@@ -39,25 +41,6 @@ class RateLimit:
     def take_back(self, task_id: uuid.UUID | None) -> None:
         """Call it if the action failed."""
         self._not_before.pop(task_id, None)
-
-
-class Allowance:
-    """An amount a second. What was not spent may be spent later, up to `most` at once; the last part may exceed it.
-
-    One thread spends, any may ask.
-    """
-
-    def __init__(self, per_second: float, most: float) -> None:
-        self._per_second = per_second
-        self._ahead_seconds = most / per_second
-        self._paid_at = float("-inf")  # when all that was spent has come in
-
-    @property
-    def is_spent(self) -> bool:
-        return self._paid_at - time.monotonic() >= self._ahead_seconds
-
-    def spend(self, amount: float) -> None:
-        self._paid_at = max(self._paid_at, time.monotonic()) + amount / self._per_second
 
 
 def held(scope: Scope) -> AbstractContextManager[None]:

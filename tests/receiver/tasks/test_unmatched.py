@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import event
-from sqlmodel import col, update
+from sqlmodel import col, select, update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
+from receiver.tasks import apply_deliveries
 from receiver.tasks.apply_deliveries import AWAITS_READ
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.database import group_writer
 from storage.database.sessions import Database
 from storage.rows import claims
 from storage.rows.deliveries import Delivery, store
-from storage.rows.models import Callback, Task
+from storage.rows.models import Callback, Event, Task
 from storage.states import ArchiveState, CallbackState, Step
 from tests.pipeline import callback_of, callbacks_of, deliver, drain, insert_row, make_due_now, run, task_of
 from tests.rows import LONG_AGO
@@ -145,6 +147,24 @@ def test_lost_lease_fails_no_other_delivery_of_its_transaction(unpaced: Parts) -
         session.execute(update(Callback).where(col(Callback.id) == rows[1].id).values(lease=uuid.uuid4()))
     lane.work_many(rows)
     assert [row.lease is None for row in callbacks_of(unpaced)] == [True, False, True]
+
+
+def test_events_of_no_task_are_limited(unpaced: Parts) -> None:
+    """A sink would get one for each delivery at the account URL before the later events of tasks."""
+    task, lost = insert_row(unpaced), Task(id=uuid.uuid4(), external_task_id="lost", provider="kling")
+    deliver(unpaced, task, {"task_id": "777", "task_status": "submitted"}, webhook_id="msg_1")
+    unmatched = [b'{"task_status": "submitted", "external_task_id": "n%d"}' % n for n in range(12)]
+    rejected = [body.replace(b'"n', b'"other').replace(b"}", b', "task_id": "777"}') for body in unmatched]
+    with unpaced.database.write() as session:
+        store(session, [Delivery("kling", "push", None, body) for body in unmatched])
+        store(session, [Delivery("kling", "push", lost.id, body) for body in unmatched])
+        store(session, [Delivery("kling", "push", None, body) for body in rejected])
+    run(unpaced, "callbacks")
+    with unpaced.database.read() as session:
+        owners = list(session.exec(select(Event.task_id).where(col(Event.name).startswith("callback."))))
+    assert owners.count(lost.id) == 12 and 0 <= owners.count(None) - apply_deliveries.MAX_NOBODYS_EVENTS <= 3
+    states = Counter(row.state for row in callbacks_of(unpaced))
+    assert states == {CallbackState.APPLIED: 1, CallbackState.UNMATCHED: 24, CallbackState.REJECTED: 12}
 
 
 @contextmanager
