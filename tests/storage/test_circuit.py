@@ -248,4 +248,4 @@ def test_reads_pause_while_the_provider_fails_and_resume(parts: Parts, sandbox: 
 def test_throttling_and_refusal_keep_the_circuit_closed(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     unsent(parts)
     sandbox.set(create_faults=[fault] * TASKS)
-    assert run(parts, "creates") == TASKS
+    assert run(parts, "creates") >= TASKS  # on a busy machine the first are due again meanwhile

@@ -459,7 +459,7 @@ def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Par
     task = insert_row(parts)
     with ThreadPoolExecutor(40) as pool:
         waiting = [pool.submit(create, web) for _ in range(40)]
-        wait_until(lambda: len(creates(sandbox)) == 40)
+        wait_until(lambda: len(creates(sandbox)) == 40, seconds=PATIENCE_SECONDS / 2)
         answers = [post(web, path_of(parts, task), BODY + b" " * count).status_code for count in range(5)]
         found = call(web, "GET", f"{PATH}/{task.id}").status_code
         assert not any(each.done() for each in waiting)
