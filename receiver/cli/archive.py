@@ -168,7 +168,7 @@ def delete(
     with opened(starts_store=True) as parts:
         external_task_id = task_view.find(parts.database, external_task_id)[0].external_task_id
         if dry_run:
-            _, folders = deletion.folders_of_task(parts.database, parts.bucket, external_task_id)
+            _, _, folders = deletion.objects_of_task(parts.database, parts.bucket, external_task_id)
             _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)
             return
         if not yes:

@@ -20,6 +20,7 @@ from sqlmodel import Session
 
 from storage import states
 from storage.archive import unusable
+from storage.archive.delete import remove_late_objects
 from storage.bucket import bucket as objects
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
@@ -110,6 +111,17 @@ class Archiver:
         """
         started = time.monotonic()
         try:
+            self._archive(asset, fetch_seconds)
+        except LostClaim:
+            remove_late_objects(self._database, self._bucket, asset.task_id)
+            return
+        log.info(
+            "asset.attempt_finished", asset=str(asset.id), task_id=str(asset.task_id), kind=asset.kind,
+            index=asset.index, attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
+        )  # fmt: skip
+
+    def _archive(self, asset: Asset, fetch_seconds: float | None) -> None:
+        try:
             if asset.losses >= claims.PARK_LOSSES:
                 raise GiveUp(f"ended its worker {asset.losses} times; `receiver retry` tries again")
             # The task of an unusable file is read once before a try with an old link (`attempts` counts). The try uses
@@ -120,8 +132,6 @@ class Archiver:
                 self._store(asset, fetch_seconds)
             with self._waiting():
                 self._database.write_in_group(partial(self._settle_archived, asset), task_id=asset.task_id)
-        except LostClaim:
-            return
         except Refresh as error:
             self._refresh(asset, error)
         except FetchUnusable as error:
@@ -130,10 +140,6 @@ class Archiver:
             self._interrupted(asset, error)
         except GiveUp as error:
             self._fail(asset, str(error))
-        log.info(
-            "asset.attempt_finished", asset=str(asset.id), task_id=str(asset.task_id), kind=asset.kind,
-            index=asset.index, attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
-        )  # fmt: skip
 
     def _store(self, asset: Asset, fetch_seconds: float | None) -> None:
         if asset.key and self._is_there(asset):
@@ -222,26 +228,19 @@ class Archiver:
         Other broken transfers and outages in between do not count. Once the file is no longer awaited, its task can end
         without it.
         """
-        try:
-            with self._database.write() as session:
-                task, now = self._lock_task(session, asset), tasks.now(session)
-                tries = asset.unusable_tries + 1
-                life_ends = (task.completed_at or now) + LIFE_SHARE * timedelta(
-                    seconds=self._schedule.result_lifetime_seconds
-                )
-                due_in = unusable.next_try(tries, now=now, link_ends=asset.files_expire_at, life_ends=life_ends)
-                if due_in is not None:
-                    values: dict[str, Any] = {
-                        "unusable_since": asset.unusable_since or now,
-                        "unusable_tries": tries,
-                        **_failed(asset, str(error), now),
-                    }
-                    due_in = max(due_in, error.after or 0)
-                    claims.settle(session, asset, due_in=due_in, **claims.NO_ATTEMPTS, **values)
-                    if task.archive is ArchiveState.ARCHIVING:
-                        self._look_at_task(session, task)
-        except LostClaim:
-            return
+        with self._database.write() as session:
+            task, now = self._lock_task(session, asset), tasks.now(session)
+            tries = asset.unusable_tries + 1
+            life = timedelta(seconds=LIFE_SHARE * self._schedule.result_lifetime_seconds)
+            life_ends = (task.completed_at or now) + life
+            due_in = unusable.next_try(tries, now=now, link_ends=asset.files_expire_at, life_ends=life_ends)
+            if due_in is not None:
+                values = _failed(asset, str(error), now) | claims.NO_ATTEMPTS
+                values |= {"unusable_since": asset.unusable_since or now, "unusable_tries": tries}
+                due_in = max(due_in, error.after or 0)
+                claims.settle(session, asset, due_in=due_in, **values)
+                if task.archive is ArchiveState.ARCHIVING:
+                    self._look_at_task(session, task)
         if due_in is None:
             self._fail(asset, f"{error} (tried {tries} times since {asset.unusable_since:%Y-%m-%d})")
             return
@@ -257,48 +256,36 @@ class Archiver:
             return session.execute(old.where(known < db_now(-LINK_OLD_SECONDS))).first() is not None
 
     def _fail(self, asset: Asset, reason: str) -> None:
-        try:
-            with self._database.write() as session:
-                task = self._lock_task(session, asset)
-                values = _failed(asset, reason, tasks.now(session))
-                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, **values, **USABLE)
-                fact = {"kind": asset.kind, "index": asset.index, "error": reason}
-                record(session, EventName.ASSET_FAILED, asset.task_id, fact)
-                self._look_at_task(session, task)
-                self._database.wake(session)  # for the event
-        except LostClaim:
-            return
+        with self._database.write() as session:
+            task = self._lock_task(session, asset)
+            values = _failed(asset, reason, tasks.now(session))
+            claims.settle(session, asset, due_in=None, state=AssetState.FAILED, **values, **USABLE)
+            fact = {"kind": asset.kind, "index": asset.index, "error": reason}
+            record(session, EventName.ASSET_FAILED, asset.task_id, fact)
+            self._look_at_task(session, task)
+            self._database.wake(session)  # for the event
         log.error("asset.failed", asset=str(asset.id), task_id=str(asset.task_id), error=reason)
 
     def _retry(self, asset: Asset, reason: str, due_in: float) -> None:
-        try:
-            with self._database.write() as session:
-                claims.settle(session, asset, due_in=due_in, **_failed(asset, reason, tasks.now(session)))
-        except LostClaim:
-            return
+        with self._database.write() as session:
+            claims.settle(session, asset, due_in=due_in, **_failed(asset, reason, tasks.now(session)))
         log.warning(
-            "asset.retry_scheduled",
-            asset=str(asset.id),
-            task_id=str(asset.task_id),
-            error=reason,
+            "asset.retry_scheduled", asset=str(asset.id), task_id=str(asset.task_id), error=reason,
             seconds=round(due_in, 1),
-        )
+        )  # fmt: skip
 
     def _refresh(self, asset: Asset, error: Refresh) -> None:
         """Read the task now, because the URL has expired. A new URL makes the asset due at once; with the same URL it
         backs off.
         """
-        try:
-            with self._database.write() as session:
-                task = self._lock_task(session, asset)
-                due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)
-                claims.settle(session, asset, due_in=due_in, **_failed(asset, str(error), tasks.now(session)))
-                if task.step is not Step.READ or task.lease is None:
-                    reports.reschedule(session, task, self._schedule, read_now=True)
-                tasks.save(session, task)
-                self._database.wake(session)
-        except LostClaim:
-            return
+        with self._database.write() as session:
+            task = self._lock_task(session, asset)
+            due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)
+            claims.settle(session, asset, due_in=due_in, **_failed(asset, str(error), tasks.now(session)))
+            if task.step is not Step.READ or task.lease is None:
+                reports.reschedule(session, task, self._schedule, read_now=True)
+            tasks.save(session, task)
+            self._database.wake(session)
         log.warning("asset.link_expired", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
 
     def _lock_task(self, session: Session, asset: Asset) -> TaskColumns:

@@ -24,7 +24,7 @@ from sqlalchemy import or_, update
 from sqlmodel import Session, col, select
 
 from storage.archive.audit import Audit, Counts, Finding, FindingKind
-from storage.archive.delete import folders_of_task
+from storage.archive.delete import objects_of_task
 from storage.background import background_thread
 from storage.bucket.bucket import Bucket
 from storage.database.clock import db_now
@@ -210,7 +210,7 @@ class ContinuousAudit:
     def _audit_task(self, name: str, tries: int) -> tuple[Counts, list[Finding]]:
         """Audit every folder of one task. `tries`: earlier failures. Raises `StoreUnavailable`, and bugs."""
         counts, found = Counts(), []
-        _, folders = folders_of_task(self._database, self._bucket, name)
+        _, _, folders = objects_of_task(self._database, self._bucket, name)
         for folder in sorted(folders):
             try:
                 folder_counts, findings = self._audit.check_folder(folder)

@@ -2,15 +2,18 @@
 
     set tombstone (later reports are ignored) ─▶ remove objects ─▶ erase columns and deliveries
 
-After a crash a repeated delete finishes the rest.
+After a crash a repeated delete finishes the rest. A worker whose put ends after the tombstone removes the object. One
+that died cannot, so no task is deleted before the leases that its dismissal took away would have ended.
 """
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import structlog
 from sqlalchemy import delete as delete_rows
 from sqlmodel import col, select
 
@@ -21,9 +24,12 @@ from storage.errors import NoSuchTask, StoreUnavailable, UserError
 from storage.keys import as_argument, task_folder
 from storage.rows import claims, tasks
 from storage.rows.deleted_callbacks import delete_callbacks
+from storage.rows.events import held_until
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import IS_OVER
 from storage.states import ArchiveState, CallbackState
+
+log = structlog.get_logger()
 
 NOTE = "deleted"
 
@@ -43,28 +49,21 @@ class Deleted:
 def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted:
     """Delete one task that is over: all versions of its files, superseded files and manifests.
 
-    Raises `NoSuchTask`, `StoreUnavailable`, `DatabaseUnavailable`, and `Refused` for a task that is not over or whose
-    objects are locked; then nothing is changed.
+    Raises `NoSuchTask`, `StoreUnavailable`, `DatabaseUnavailable`, and `Refused` for a task that is not over, that a
+    worker may hold, or whose objects are locked; then nothing is changed.
     """
-    task, keys, folders = _objects_of_task(database, bucket, external_task_id)
+    task, keys, folders = objects_of_task(database, bucket, external_task_id)
     _refuse_locked(bucket, folders)
     again = _set_tombstone(database, task)
     count = sum(bucket.purge(folder) for folder in sorted(folders))
-    for key in keys:  # the store's listing may have lacked it
-        if bucket.head(key) is not None:
-            raise StoreUnavailable(f"{bucket.place} still has {key}; the rows are kept, so delete the task again")
+    if left := next(filter(bucket.head, keys), None):  # the store's listing lacked it
+        raise StoreUnavailable(f"{bucket.place} still has {left}; the rows are kept, so delete the task again")
     _blank(database, task)
     return Deleted(count, again)
 
 
-def folders_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
-    """The task and the folders that may hold its objects. Raises `NoSuchTask`."""
-    task, _, folders = _objects_of_task(database, bucket, external_task_id)
-    return task, folders
-
-
-def _objects_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, list[str], set[str]]:
-    """The task, the keys that its rows name, and the folders that may hold these and others."""
+def objects_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, list[str], set[str]]:
+    """The task, the keys that its rows name, and the folders that may hold its objects. Raises `NoSuchTask`."""
     with database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
         if task is None:
@@ -95,9 +94,24 @@ def _set_tombstone(database: Database, task: Task) -> bool:
         if session.execute(select(Task.id).where(Task.id == row.id, IS_OVER)).first() is None:
             ends = f"receiver dismiss --reason TEXT {as_argument(row.external_task_id)}"
             raise Refused(f"{row.external_task_id} is not over: `{ends}` ends it")
+        if (until := held_until(session, row.id)) and until > tasks.now(session):
+            raise Refused(f"a worker may still be storing a file of this task: delete it after {until:%H:%M:%S} UTC")
         row.deleted_at = tasks.now(session)
         row.note = NOTE
     return False
+
+
+def remove_late_objects(database: Database, bucket: Bucket, task_id: uuid.UUID) -> None:
+    """Remove what a worker has put for a task that was deleted meanwhile. For workers that have lost their claim."""
+    with database.read() as session:
+        task = session.get(Task, task_id)
+    if task is None or task.deleted_at is None:
+        return
+    try:
+        count = bucket.purge(task_folder(bucket.prefix, task.created_at, task.external_task_id))
+        log.info("task.late_objects_removed", **tasks.named(task), objects=count)
+    except StoreUnavailable as error:
+        log.error("task.late_objects_found", **tasks.named(task), error=str(error))
 
 
 def _blank(database: Database, task: Task) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy import bindparam
 from sqlmodel import Session
 
 from storage import states
+from storage.archive.delete import remove_late_objects
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.clock import db_now
@@ -107,16 +108,17 @@ class Finisher:
 
     def work(self, task: Task) -> None:
         """End one archive. The task becomes `archived` or `incomplete` in the transaction that records the key."""
-        if task.losses >= claims.PARK_LOSSES:
-            self._park(task)
-            return
         try:
+            if task.losses >= claims.PARK_LOSSES:
+                self._park(task)
+                return
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 written = self._write(task)
             archive, note = self._database.write_in_group(
                 lambda session: self._end(session, task, written), task_id=task.id
             )
         except LostClaim:
+            remove_late_objects(self._database, self._bucket, task.id)
             return
         except (Retry, GiveUp) as error:
             self._later(task, error)
@@ -183,11 +185,8 @@ class Finisher:
 
     def _park(self, task: Task) -> None:
         note = f"ending its archive ended its worker {task.losses} times; `receiver retry` tries again"
-        try:
-            with self._database.write() as session:
-                claims.settle(session, task, due_in=None, note=note)
-        except LostClaim:
-            return
+        with self._database.write() as session:
+            claims.settle(session, task, due_in=None, note=note)
         log.error("task.parked", **tasks.named(task), note=note)
 
     def _later(self, task: Task, error: Exception) -> None:

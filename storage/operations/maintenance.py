@@ -195,6 +195,7 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
     A failed task keeps its states: it has no archive that could be incomplete.
     """
     note = DISMISSED + reason
+    held = [task.due_at] if task.lease and task.step is Step.FINISH else []
     task.step = None
     claims.rest(task)
     compare_again(session, task)
@@ -206,6 +207,7 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
         failure = Report(None, None, TaskState.FAILED, message=note)
         reports.apply(session, task, failure, schedule, now=tasks.now(session), pushed=False)
     waiting = [asset for asset in tasks.assets_of(session, task.id) if asset.state is AssetState.DUE]
+    held += [asset.due_at for asset in waiting if asset.lease]
     for asset in waiting:
         fact = {"kind": asset.kind, "index": asset.index, "error": asset.error, "reason": reason}
         record(session, EventName.ASSET_FAILED, task.id, fact)
@@ -216,7 +218,10 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
     run(session, not_archived.values(**values))
     task.archive, task.note, task.step = ArchiveState.INCOMPLETE, note, None
     claims.rest(task)
-    record(session, EventName.TASK_INCOMPLETE, task.id, {"reason": reason, "given_up": len(waiting)})
+    ended: dict[str, Any] = {"reason": reason, "given_up": len(waiting)}
+    if held:  # a worker may still be storing an object; `delete` waits for the end of its lease
+        ended["held_until"] = max(filter(None, held)).isoformat()
+    record(session, EventName.TASK_INCOMPLETE, task.id, ended)
     session.flush()
     return len(waiting)
 

@@ -86,6 +86,13 @@ def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: d
     session.info[RECORDED] = True
 
 
+def held_until(session: Session, task_id: uuid.UUID) -> datetime | None:
+    """When the last lease would have ended that the task's dismissal took from a worker."""
+    told = select(Event.data).where(Event.task_id == task_id, Event.name == EventName.TASK_INCOMPLETE)
+    fact = session.exec(told.order_by(col(Event.id).desc()).limit(1)).first() or {}
+    return datetime.fromisoformat(fact["held_until"]) if "held_until" in fact else None
+
+
 def record_act(
     session: Session, person: str, action: str, subject: str, task_ids: Collection[uuid.UUID | None],
     *, once: Mapping[str, Any] | None = None, **data: Any,

@@ -7,7 +7,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -16,15 +16,20 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from receiver.app.wiring import Parts
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
+from receiver.tasks.operate import Operator
 from storage.archive.archiver import Archiver
+from storage.archive.delete import Refused, delete
+from storage.bucket.bucket import Bucket
 from storage.fetch.client import Fetched, Fetcher
 from storage.keys import object_key
 from storage.rows import claims
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, assets_of, kept, make_due_now, run, task_of
+from tests.pipeline import Wired, assert_archived, assets_of, kept, make_due_now, run, task_of
 from tests.rows import LONG_AGO, event_names
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
@@ -62,9 +67,9 @@ def abandon(parts: Parts, **values: Any) -> None:
         session.execute(update(Task).values(step=None, due_at=None))
 
 
-def claim(parts: Parts, *, alone: bool = False) -> Asset:
+def claim(parts: Parts, *, alone: bool = False, lease_seconds: float = 60) -> Asset:
     with parts.database.write() as session:
-        (row,) = claims.claim(session, Asset, limit=1, lease_seconds=60, alone=alone)
+        (row,) = claims.claim(session, Asset, limit=1, lease_seconds=lease_seconds, alone=alone)
     return row
 
 
@@ -249,6 +254,39 @@ def test_a_worker_whose_claim_was_lost_writes_no_row_and_puts_no_object(parts: P
     work(parts, owner)
     run(parts, "finishes")
     assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+@BOTH
+@pytest.mark.parametrize("answer", ["success", "an error"])
+def test_an_object_that_arrives_after_its_tasks_deletion_is_removed(
+    parts: Parts, sandbox: Sandbox, seaweed: Seaweed, answer: str
+) -> None:
+    with_due_assets(parts, sandbox)
+    operator = Operator(parts.database, parts.providers, parts.schedule)
+
+    def slow(request: Request, forward: Forward) -> Answer:
+        if not request.puts_an_object:
+            return forward(request)
+        if request.path.startswith(f"/{parts.bucket.name}/") and not task_of(parts, "task").deleted_at:
+            operator.dismiss("task", "not wanted")
+            with pytest.raises(Refused, match="a worker may still be storing a file of this task: delete it after "):
+                delete(parts.database, parts.bucket, "task")
+            wait_until(lambda: is_deleted(parts))
+        stored = forward(request)
+        return stored if answer == "success" else Answer(500, {}, b"")
+
+    with FaultProxy(seaweed, slow) as proxy:
+        behind = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+        with closing(Wired(parts.settings, bucket=behind)) as slowly:
+            work(slowly, claim(parts, lease_seconds=2))
+    assert task_of(parts, "task").deleted_at and kept(parts) == {}
+
+
+def is_deleted(parts: Parts) -> bool:
+    try:
+        return bool(delete(parts.database, parts.bucket, "task"))
+    except Refused:
+        return False
 
 
 @BOTH

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import closing
+from datetime import datetime
 
 import pytest
-from sqlmodel import update
+from sqlmodel import select, update
 
 from receiver.app.wiring import Parts
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from receiver.tasks.operate import Operator
+from storage.archive.delete import delete
+from storage.bucket.bucket import Bucket
 from storage.rows import claims
-from storage.rows.models import Task
+from storage.rows.events import EventName
+from storage.rows.models import Event, Task
 from storage.states import ArchiveState, Step
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, kept, make_due_now, run, task_of
+from tests.pipeline import Wired, assert_archived, kept, make_due_now, run, task_of
 from tests.unreported_tasks import REQUEST
 
 
@@ -51,3 +58,27 @@ def test_a_finish_that_keeps_ending_its_workers_is_parked_until_it_is_retried(
     Operator(parts.database, parts.providers, parts.schedule).retry(name)
     run(parts, "finishes")
     assert_archived(parts, sandbox, task_of(parts, name))
+
+
+def test_a_manifest_that_arrives_after_its_tasks_deletion_is_removed(parts: Parts, seaweed: Seaweed) -> None:
+    name = before_its_finish(parts)
+    operator = Operator(parts.database, parts.providers, parts.schedule)
+    until: list[str] = []
+
+    def slow(request: Request, forward: Forward) -> Answer:
+        if request.puts_an_object and not until:
+            operator.dismiss(name, "not wanted")
+            with parts.database.write() as session:
+                (ended,) = session.exec(select(Event).where(Event.name == EventName.TASK_INCOMPLETE)).all()
+                until.append(ended.data["held_until"])
+                ended.data = {}  # the lease has ended
+            delete(parts.database, parts.bucket, name)
+            assert kept(parts) == {}
+        return forward(request)
+
+    with FaultProxy(seaweed, slow) as proxy:
+        behind = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+        with closing(Wired(parts.settings, bucket=behind)) as slowly:
+            run(slowly, "finishes")
+    assert datetime.fromisoformat(until[0]) > parts.database.now()
+    assert task_of(parts, name).deleted_at and kept(parts) == {}
