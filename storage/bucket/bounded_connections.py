@@ -1,7 +1,8 @@
 """Bounds on what boto3 reads from a store or a queue, by a socket that counts bytes and waits.
 
 botocore bounds each wait alone. http.client reads any number of `100 Continue`, and a body of a byte a second never
-ends. The classes are urllib3's and botocore's; only their socket differs.
+ends. The classes are urllib3's and botocore's; only their socket differs. Answers are read here, because botocore's
+parser makes of XML entities 100 times their bytes, and of empty elements 40 times.
 """
 
 from __future__ import annotations
@@ -9,25 +10,59 @@ from __future__ import annotations
 import io
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import urllib3
 from botocore.awsrequest import (
     AWSHTTPConnection,
     AWSHTTPConnectionPool,
     AWSHTTPSConnection,
     AWSHTTPSConnectionPool,
 )
+from botocore.exceptions import HTTPClientError
 
 from storage.bucket.http_connections import MIN_BYTES_PER_SECOND
 from storage.http.connection import MAX_HEAD_BYTES
 
 # A page of a listing has at most 1,000 keys of 1 kB, each byte as `%XX` at most, and 400 bytes of XML around each.
 MAX_ANSWER_BYTES = 16 * 1024 * 1024
+# S3's errors are below 1 kB, and the pages of proxies below 20.
+MAX_ERROR_BYTES = 64 * 1024
+# 1,000 versions of objects have 22,000 tags.
+MAX_TAGS = 200_000
+# No answer of S3 has a document type, in which entities are declared.
+DOCUMENT_TYPE = b"<!DOCTYPE"
+
+
+class UnusableAnswer(HTTPClientError):  # type: ignore[misc]
+    fmt = "the store's answer is no XML of S3"
 
 
 def bound(client: Any) -> None:
     """Replace a boto3 client's connections by bounded ones, also those through a proxy, which shares the classes."""
-    client._endpoint.http_session._pool_classes_by_scheme.update(http=_HttpPool, https=_HttpsPool)
+    session = client._endpoint.http_session
+    session._pool_classes_by_scheme.update(http=_HttpPool, https=_HttpsPool)
+    session.send = partial(_send, session.send)
+
+
+def _send(send: Callable[[Any], Any], request: Any) -> Any:
+    """Send a request, and read an answer that will be parsed. Of an error that is no XML of S3 the status is left."""
+    response = send(request)
+    is_error = response.status_code >= 300
+    if request.stream_output and not is_error:
+        return response
+    try:
+        content = response.content
+    except (urllib3.exceptions.HTTPError, OSError) as error:  # botocore does not translate those of a streamed answer
+        raise HTTPClientError(error=error) from error
+    text = content.replace(b"\0", b"")  # which UTF-16 puts between the letters
+    if DOCUMENT_TYPE in text or text.count(b"<") > MAX_TAGS:
+        if not is_error:
+            raise UnusableAnswer
+        response._content = b""
+    return response
 
 
 class _Socket:
@@ -106,8 +141,10 @@ class _Bounded:
         connection = self.sock  # None afterwards if the response ends the connection
         connection.expect_head(self.timeout)
         response = super().getresponse()  # type: ignore[misc]
-        is_object = self._reads_object and response.status < 300
-        connection.expect_body(math.inf if is_object else MAX_ANSWER_BYTES)
+        if response.status >= 300:
+            connection.expect_body(MAX_ERROR_BYTES)
+        else:
+            connection.expect_body(math.inf if self._reads_object else MAX_ANSWER_BYTES)
         return response
 
 

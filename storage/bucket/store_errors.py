@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as boto_errors
 
+from storage.bucket.bounded_connections import UnusableAnswer
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 
 # Messages by the store's error code. The answer to a HEAD has no body, so its code is the HTTP status.
@@ -101,6 +102,10 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
         return f"{store} has a certificate that is not trusted: set AWS_CA_BUNDLE to the file of the CA that signed it"
     if isinstance(error, boto_errors.ProxyConnectionError):
         return f"the proxy that HTTPS_PROXY or HTTP_PROXY names for {store} cannot be reached"
+    if isinstance(error, UnusableAnswer):
+        return f"{store} answered with what is no XML of S3; a proxy or a log-in page may be in front of it"
+    if isinstance(error, boto_errors.PaginationError):
+        return f"{store} sends pages of a listing that name no further object"
     if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
         return f"{store} cannot be reached ({type(error).__name__})"
     return f"{store} could not be used ({type(error).__name__})"

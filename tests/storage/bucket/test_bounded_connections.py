@@ -9,13 +9,20 @@ from collections.abc import Callable
 
 import pytest
 
-from storage.bucket import bounded_connections, store_connection
+from storage.bucket import bounded_connections, listings, store_connection
 from storage.bucket.bucket import Bucket
 from storage.errors import StoreUnavailable
 from tests.storage.bucket.test_http_connections import Store, store
 
 __all__ = ["store"]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 9000000\r\n\r\n"
+MOMENT = b"2026-01-01T00:00:00.000Z"
+# The root of a page, the tag of its entries, and what names the next page.
+LISTINGS = {
+    "list": (b"ListBucketResult", b"Contents", b"<NextContinuationToken>#</NextContinuationToken>"),
+    "purge": (b"ListVersionsResult", b"Version", b"<NextKeyMarker>#</NextKeyMarker>"),
+    "abort_uploads": (b"ListMultipartUploadsResult", b"Upload", b"<NextKeyMarker>#</NextKeyMarker>"),
+}
 CALLS: dict[str, Callable[[Bucket], object]] = {
     "get": lambda bucket: list(bucket.read("k")),
     "head": lambda bucket: bucket.head("k"),
@@ -90,6 +97,69 @@ def test_body_without_an_end_is_given_up(
     monkeypatch.setattr(bounded_connections, "MAX_ANSWER_BYTES", 1_000_000)
     store.scripts = [ENDLESS_BODY]
     assert seconds_until_given_up(lambda: CALLS[name](bucket)) < 3
+
+
+def answer(body: bytes, status: bytes = b"200 OK", more: bytes = b"") -> bytes:
+    return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n%b\r\n%b" % (status, len(body), more, body)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_entities_of_an_answer_are_not_expanded(store: Store, bucket: Bucket, encoding: str) -> None:
+    """expat allows 100 times the bytes that came: 1 MiB took 200 MB of memory, and 10 MiB more than there is."""
+    entities = f'<!ENTITY a "{"A" * 1_000}"><!ENTITY b "{"&a;" * 10}">'
+    padding, text = " " * 100_000, "&b;" * 500
+    xml = f"<!--{padding}--><!DOCTYPE r [{entities}]><ListBucketResult><Prefix>{text}</Prefix></ListBucketResult>"
+    store.scripts = [answer(xml.encode(encoding))]
+    with pytest.raises(StoreUnavailable, match="no XML of S3"):
+        list(bucket.list(""))
+
+
+def test_answer_of_very_many_elements_is_not_parsed(store: Store, bucket: Bucket) -> None:
+    store.scripts = [answer(b"<ListBucketResult>" + b"<a/>" * 250_000 + b"</ListBucketResult>")]
+    with pytest.raises(StoreUnavailable, match="no XML of S3"):
+        list(bucket.list(""))
+
+
+@pytest.mark.parametrize("name", ["get", "list"])
+def test_page_of_a_proxy_leaves_the_status(store: Store, bucket: Bucket, name: str) -> None:
+    store.scripts = [answer(b"<!DOCTYPE html><html><body>down</body></html>", b"502 Bad Gateway")]
+    with pytest.raises(StoreUnavailable, match="HTTP 502"):
+        CALLS[name](bucket)
+
+
+@pytest.mark.parametrize("name", ["get", "list"])
+def test_error_without_an_end_is_given_up(store: Store, bucket: Bucket, name: str) -> None:
+    head = b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n"
+    store.scripts = [sending(head, b"a" * 65_536)]
+    assert seconds_until_given_up(lambda: CALLS[name](bucket)) < 3
+
+
+@pytest.mark.parametrize("name", ["list", "purge", "abort_uploads"])
+@pytest.mark.parametrize("key", [b"", b"<Key>k</Key>"], ids=["empty", "same key"])
+def test_listing_without_further_keys_ends(
+    store: Store, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, name: str, key: bytes
+) -> None:
+    """Each page names a new token, so boto3 would ask for the next one for ever."""
+    monkeypatch.setattr(listings, "MAX_IDLE_PAGES", 5)
+    entry = (
+        key
+        and b"%b<Size>1</Size><LastModified>%b</LastModified><Initiated>%b</Initiated><UploadId>u</UploadId>"
+        % (
+            key,
+            MOMENT,
+            MOMENT,
+        )
+    )
+    root, tag, tokens = LISTINGS[name]
+    listed = b"<%b>%b</%b>" % (tag, entry, tag) if key else b""
+    page = b"<%b><IsTruncated>true</IsTruncated>%b%b</%b>"
+    pages = [answer(page % (root, tokens.replace(b"#", b"%d" % number), listed, root)) for number in range(20)]
+    deleted = answer(b"")
+    store.script_of = lambda head: pages.pop(0) if head.startswith(b"GET") else deleted  # type: ignore[method-assign]
+    call = getattr(bucket, name)
+    with pytest.raises(StoreUnavailable, match="no further object"):
+        list(call("p")) if name == "list" else call("p")
+    assert 6 <= 20 - len(pages) <= 8
 
 
 def test_endless_100_continue_responses_are_given_up(store: Store, bucket: Bucket) -> None:
