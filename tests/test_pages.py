@@ -303,7 +303,15 @@ def test_readme_links_every_page() -> None:
 @pytest.mark.parametrize("page", MANUAL, ids=lambda page: page.name)
 def test_every_python_example_compiles(page: Path) -> None:
     for example in re.findall(r"^```python[^\n]*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-        compile(example, page.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        compile(example, page.name, "exec")
+
+
+@pytest.mark.parametrize(
+    "page", [*MANUAL, ROOT / "SECURITY.md", ROOT / "infra" / "README.md"], ids=lambda page: page.name
+)
+def test_prose_is_wrapped(page: Path) -> None:
+    prose = [line for line in prose_of(page.read_text()).splitlines() if not line.lstrip().startswith("|")]
+    assert [line for line in prose if len(line) > 125] == []
 
 
 def test_every_line_of_who_can_do_what_names_tests_that_exist() -> None:

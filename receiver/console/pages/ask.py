@@ -91,7 +91,7 @@ class Ask:
             note_act(self._of, visit.session.name, "submit", done.task.external_task_id, [done.task.id])
         if done.new and task:
             note_act(self._of, visit.session.name, "again", done.task.external_task_id, [task.id])
-        visit.say(visit.text("act.submitted" if done.new else "act.submitted_before"))
+        visit.say(visit.text("act.submitted" if done.new else "act.submitted_before", n=done.task.expected or 2))
         return visit.redirect(path_of(done.task))
 
 

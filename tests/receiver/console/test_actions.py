@@ -165,7 +165,7 @@ def test_a_request_is_priced_before_it_is_sent(parts: Parts, ann: Reader, sandbo
     assert "16 units" in priced and "0.056 USD" in priced and not sandbox.ledger().tasks
     answers = [ann.send(priced, **fields) for _ in range(2)]
     task = task_of(parts, answers[0].url.path.rpartition("/")[2])
-    assert task.request["n"] == 2 and task.expected == 2
+    assert task.request["n"] == 2 and task.expected == 2 and "The pictures appear here" in answers[0].text
     assert answers[1].url == answers[0].url and len(sandbox.ledger().creates) == 1
 
 
@@ -294,6 +294,7 @@ def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Par
     wait_until(lambda: "Send 1 again" in ann.page("/events"), every=0.5)
     sent = ann.post("/act/redeliver", sink="client").text
     assert "1 event is sent again" in sent and "Send 1 again" not in sent
+    assert "client is not in RECEIVER_EVENT_SINKS" in sent
     assert "1 event was given up" not in ann.page("")
     assert "1 event on its way to this sink is given up" in sent
     assert "<details" in sent.partition("/console/act/disable")[0].rpartition("</form>")[2]
