@@ -46,7 +46,7 @@ def await_worker(parts: Parts) -> bool:
     if heartbeats.count_alive(parts.database):
         return True
     start = f"`{start_command(parts.settings)}` (or `receiver work`)"
-    say(f"no worker is alive yet, waiting {WORKER_START_SECONDS:g} s; if none is starting, start {start}", err=True)
+    say(f"no worker is alive, waiting {WORKER_START_SECONDS:g} s; if none is starting, start {start}", err=True)
     deadline = time.monotonic() + WORKER_START_SECONDS
     while time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_SECONDS)
@@ -55,8 +55,8 @@ def await_worker(parts: Parts) -> bool:
     return False
 
 
-def wait(parts: Parts, external_task_id: str) -> Task:
-    """Wait until the task is over, with a live line on a terminal. Returns the task row."""
+def wait(parts: Parts, external_task_id: str) -> Task | None:
+    """Wait until the task is over, with a live line on a terminal. None if it is not and no worker is alive."""
     console = Console(stderr=True)
     said: list[str] = []
     with console.status(cell(f"{external_task_id}: waiting")) as status:
@@ -64,6 +64,8 @@ def wait(parts: Parts, external_task_id: str) -> Task:
             task, assets, _ = find(parts.database, external_task_id)
             if is_over(task):
                 return task
+            if not await_worker(parts):
+                return None
             kept = sum(asset.state is AssetState.ARCHIVED for asset in assets)
             holds = pausing(parts, task)
             if holds != said:

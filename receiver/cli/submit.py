@@ -218,15 +218,13 @@ def _wait(parts: Parts, task: Task, as_json: bool) -> None:
 
     if not as_json:
         say(task.external_task_id)  # before the wait, which may be killed: the id of the paid task is known then
-    if not show.await_worker(parts):
-        if as_json:
-            _print(parts, task)
-        say(f"submitted, but {show.no_worker(parts)}", err=True)
-        raise typer.Exit(1)
     finished = show.wait(parts, task.external_task_id)
     if as_json:
         _print(parts, task)
-    else:
+    if finished is None:
+        say(f"submitted, but {show.no_worker(parts)}", err=True)
+        raise typer.Exit(1)
+    if not as_json:
         say(*show.uris(parts, finished))
     if finished.archive is not ArchiveState.ARCHIVED:
         say(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)

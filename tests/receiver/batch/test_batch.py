@@ -28,6 +28,7 @@ from receiver.tasks.task_view import is_over
 from storage.accounts import batches
 from storage.accounts.batches import Counts
 from storage.archive.delete import delete
+from storage.database.sessions import Database
 from storage.operations import heartbeats
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, CallbackState, TaskState
@@ -554,7 +555,7 @@ def test_waiting_without_a_worker_is_reported_and_ends(
     Path("night.jsonl").write_bytes(jsonl(LINES[0]))
     done = command(*words)
     assert done.code == 1
-    assert "no worker is alive yet, waiting 0.3 s; if none is starting, start `receiver serve`" in done.err
+    assert "no worker is alive, waiting 0.3 s; if none is starting, start `receiver serve`" in done.err
     assert len(rows(parts)) == 1
 
 
@@ -577,6 +578,24 @@ def test_waiting_includes_a_worker_that_is_starting(command: Command, parts: Par
     done = command(*words)
     worker.join()
     assert (done.code, "archived" in done.out or "s3://" in done.out) == (0, True)
+
+
+@ONE_DATABASE
+def test_waiting_ends_when_the_last_worker_has_ended(
+    command: Command, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait in silence for a worker that was alive at its beginning."""
+    monkeypatch.setattr(show, "WORKER_START_SECONDS", 0.3)
+    worker, count = heartbeats.register(parts.database, 1), heartbeats.count_alive
+
+    def seen_once(database: Database) -> int:
+        alive = count(database)
+        heartbeats.unregister(database, worker)
+        return alive
+
+    monkeypatch.setattr(heartbeats, "count_alive", seen_once)
+    done = command(*WAITING["single"])
+    assert (done.code, "submitted, but no worker is alive" in done.err) == (1, True)
 
 
 @ONE_DATABASE
