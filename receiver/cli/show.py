@@ -83,10 +83,10 @@ def pausing(parts: Parts, task: Task | None = None) -> list[str]:
     if task is not None and task.queued_at is None:
         return []
     with parts.database.read() as session:
-        found = pauses.every(session)
+        found = pauses.every(session) if task is None else pauses.holding(session, task)
     shortage = parts.database.shortage()
     disk = [f"{shortage}, so nothing is sent until there is room"] if shortage else []
-    return disk + [pauses.line(each) for each in found if task is None or each.model in ("", task.model)]
+    return disk + [pauses.line(each) for each in found]
 
 
 def uris(parts: Parts, task: Task) -> list[str]:
@@ -207,7 +207,7 @@ def _accounts(found: Measures) -> Iterator[str]:
         if account.slot_limit is not None:
             yield f"{name}: {account.slots_held} of {counted(account.slot_limit, 'slot')} held, {waits}"
         elif account.tasks_queued:
-            yield f"{name}: {waits} for slots"
+            yield f"{name}: {waits}" + ("" if account.pauses else " for slots")
 
 
 def _sinks(found: Measures) -> Iterator[str]:

@@ -73,6 +73,12 @@ def every(session: Session) -> list[AccountPause]:
     return list(session.scalars(found))
 
 
+def holding(session: Session, task: Task) -> list[AccountPause]:
+    """The pauses that hold a queued task: of its account, and of its model."""
+    found = every(session) if task.queued_at is not None else ()
+    return [each for each in found if each.provider == task.provider and each.model in (EVERY_MODEL, task.model)]
+
+
 def gate(session: Session, provider: str) -> Gate:
     """The queued tasks that may be sent: none whose pause has no trial due. Locks nothing."""
     waits = _waiting(session, provider)

@@ -17,6 +17,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.accounts import pauses
 from storage.accounts.accepted_creates import ENDED_WITHOUT_ANSWER, may_prove_accepted, was_accepted
 from storage.database import walk
 from storage.database.sessions import Database, run
@@ -102,7 +103,8 @@ def retry_files(
 
 def _make_due_now(session: Session, task: Task) -> Retried:
     if task.queued_at is not None:
-        return Retried(reason="queued: all slots of the account are in use; it starts when one is free")
+        paused = "; ".join(pauses.line(each) for each in pauses.holding(session, task))
+        return Retried(reason=f"queued: {paused or 'all slots of the account are in use; it starts when one is free'}")
     if task.lease is not None or task.step is None:
         return Retried(reason="a worker holds it; retry when it has finished")
     claims.make_due(task)
