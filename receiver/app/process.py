@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -313,13 +312,14 @@ def work(parts: Parts, *, supervised: bool) -> None:
     narrow_files(parts)
     sweep(settings.spool_dir)
     worker = parts.worker()
-    # Ctrl-C sends SIGINT to the whole group, and the supervisor SIGTERM at once. The second one interrupted the first's
-    # `stop` while it held an event's lock, and waited for that lock until the worker was killed 30 s later. A handler
-    # may always call this queue's `put`.
-    signals = SimpleQueue[int]()
+    # Ctrl-C sends SIGINT to the whole group, and the supervisor SIGTERM at once. A handler that called `stop` could
+    # interrupt another one within an event's lock, and waited for it until the worker was killed. So a thread calls it.
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
     for number in ending_signals():
-        signal.signal(number, lambda number, _: signals.put(number))
-    threading.Thread(target=_stop_after_signal, args=(signals, worker.stop), daemon=True).start()
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_stop_after_signal, args=(woken, worker.stop), daemon=True).start()
     if supervised:
         threading.Thread(target=_watch_parent, args=(worker.stop,), daemon=True).start()
     log.info("worker.started", threads=settings.worker_threads)
@@ -346,8 +346,8 @@ def work_once(parts: Parts) -> int:
     return count
 
 
-def _stop_after_signal(signals: SimpleQueue[int], stop: Callable[[], None]) -> None:
-    signals.get()
+def _stop_after_signal(woken: int, stop: Callable[[], None]) -> None:
+    os.read(woken, 1)
     stop()
 
 

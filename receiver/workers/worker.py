@@ -46,7 +46,6 @@ IDLE_SECONDS = 0.5
 REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
 # Intervals until a waiting thread looks for itself, should no wake-up come. Two took a tenth of an idle worker's CPU.
 MISSED_INTERVALS = 5
-SIGNAL_SECONDS = 5.0  # until the main thread notices a signal that another thread took; its own end its wait
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 CLAIM_PAUSE_SECONDS = 0.1
 # Pictures take less. If files last longer, the spare threads look for others (see Lane.beside).
@@ -135,8 +134,7 @@ class Worker:
         except RuntimeError as error:
             raise TooFewThreads(RAISE_THE_LIMIT.format(error)) from error
         for thread in feeders:
-            while thread.is_alive():
-                thread.join(SIGNAL_SECONDS)
+            thread.join()
         try:
             self._drain()
         except DatabaseUnavailable as error:
