@@ -17,7 +17,7 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
@@ -283,7 +283,7 @@ class WithHeaders:
         await self.app(scope, receive, send_with_headers)
 
 
-def cookie_of(request: Request, name: str) -> str | None:
+def cookie_of(request: HTTPConnection, name: str) -> str | None:
     return cookie("; ".join(request.headers.getlist("cookie")), name)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute
+from starlette.types import Scope
 
-from receiver.console.access import Access
-from receiver.console.application import Guard, Policy, WithHeaders, build
+from receiver.console.access import COOKIE, Access
+from receiver.console.application import Guard, Policy, WithHeaders, build, cookie_of
 from receiver.console.installation import Files, Installation
 from receiver.console.live import Live
 from receiver.console.needs import Needs
@@ -43,6 +45,10 @@ class Console:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""
         routes = [*self._looking(files), *self._acting()]
         return build(self._guard, routes, has_made_key=self._of.has_made_key, is_secure=self._of.is_secure)
+
+    def has_session(self, scope: Scope) -> bool:
+        """Whether a request has a session, as far as this process knows which ones have ended."""
+        return self._guard.access.session(cookie_of(HTTPConnection(scope), COOKIE)) is not None
 
     def _origin_of_links(self) -> str | None:
         """The origin of presigned links; None if they do not work for readers."""

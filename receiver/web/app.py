@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 # Answered without a key.
-KEYLESS_PATHS = ("/healthz", "/readyz")
+KEYLESS_PATHS = ("/healthz", "/readyz", "/kling/openapi.json")
 # The first part of every path that is answered.
 PLACES = frozenset({"callbacks", "assets", "kling", "events", "console", "healthz", "readyz", "metrics"})
 
@@ -78,12 +78,15 @@ def build(
             callbacks.close()
 
     pages = _pages(health, assets, gateway, stream)
-    people = console.application(assets.answer) if console and assets else None
+    people = None
+    if console and assets:
+        has_session = console.has_session
+        people = _KeylessHeld(console.application(assets.answer), lambda scope, _: not has_session(scope))
     endings = [each.close for each in (gateway, stream, console) if each]
     return Web(callbacks, pages, lifespan, endings, people, path_prefix)
 
 
-def _pages(health: Health, assets: Assets | None, gateway: Gateway | None, stream: Stream | None) -> Starlette:
+def _pages(health: Health, assets: Assets | None, gateway: Gateway | None, stream: Stream | None) -> ASGIApp:
     pages = Starlette(
         routes=[
             Route("/healthz", health.alive),
@@ -97,7 +100,7 @@ def _pages(health: Health, assets: Assets | None, gateway: Gateway | None, strea
     )
     pages.router.redirect_slashes = False
     pages.add_middleware(_SecurityHeaders)
-    return pages
+    return _KeylessHeld(pages, lambda scope, status: status in KEYLESS_STATUSES or scope["path"] in KEYLESS_PATHS)
 
 
 class Web(Router):
@@ -111,7 +114,7 @@ class Web(Router):
     def __init__(
         self,
         callbacks: Callbacks,
-        pages: Starlette,
+        pages: ASGIApp,
         lifespan: Lifespan[Any],
         endings: list[Callable[[], None]],
         console: ASGIApp | None = None,
@@ -160,21 +163,30 @@ async def _internal_error(_request: Request, _error: Exception) -> Response:
     return JSONResponse({"error": "internal error"}, status_code=500, headers=SECURITY_HEADERS)
 
 
-class _SecurityHeaders:
-    """Adds the security headers to every answer, except those that the endpoint sets itself.
+class _KeylessHeld:
+    """Holds answers back while many of them need no key. `is_keyless`: of a request, and its answer's status."""
 
-    Answers without a key are held back while there are many.
-    """
+    def __init__(self, app: ASGIApp, is_keyless: Callable[[Scope, int], bool]) -> None:
+        self._app, self._is_keyless, self._answers = app, is_keyless, KeylessAnswers()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_or_hold(message: Message) -> None:
+            if message["type"] == "http.response.start" and self._is_keyless(scope, message["status"]):
+                await self._answers.wait(scope)
+            await send(message)
+
+        await self._app(scope, receive, send_or_hold)
+
+
+class _SecurityHeaders:
+    """Adds the security headers to every answer, except those that the endpoint sets itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._keyless = KeylessAnswers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                if message["status"] in KEYLESS_STATUSES or scope["path"] in KEYLESS_PATHS:
-                    await self._keyless.wait(scope)
                 own = {name.lower() for name, _ in message["headers"]}
                 added = [pair for pair in HEADER_PAIRS if pair[0] not in own]
                 message = {**message, "headers": [*message["headers"], *added]}
