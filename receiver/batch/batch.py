@@ -240,7 +240,9 @@ def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Ba
     for line in lines:
         row = known.get(line.external_task_id)
         shown = plain(line.external_task_id, 80)
-        if row and row.request_hash != line.request_hash:
+        if row and row.deleted_at is not None:
+            yield Fault(line.number, f"external_task_id: {shown!r} was deleted; remove the line, or give it another id")
+        elif row and row.request_hash != line.request_hash:
             yield Fault(line.number, f"external_task_id: {shown!r} was submitted before with another request")
         elif row and row.batch_id is not None and (batch is None or row.batch_id != batch.id):
             yield Fault(line.number, f"external_task_id: {shown!r} belongs to another batch")

@@ -120,7 +120,8 @@ def show(parts: Parts, external_task_id: str) -> None:
     """Print one task with its files and its timeline."""
     task, assets, facts = find(parts.database, external_task_id)
     say(f"{task.external_task_id}  {task.state}, archive {task.archive}")
-    for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", task.note)):
+    gone = task.deleted_at and f"deleted at {task.deleted_at:%Y-%m-%d %H:%M:%S} UTC"
+    for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", gone or task.note)):
         if value:
             say(f"  {label}: {value}")
     if assets:

@@ -213,6 +213,8 @@ class Submitter:
 
     def _existing(self, wanted: Task) -> Task:
         task = self._again(wanted.external_task_id)
+        if task.deleted_at is not None:
+            raise Conflict(f"{task.external_task_id} was deleted on {task.deleted_at:%Y-%m-%d}; choose another id")
         if task.request_hash != wanted.request_hash:
             raise Conflict(f"{task.external_task_id} was submitted before with another request; choose another id")
         if wanted.adopt and _can_be_adopted(task):

@@ -9,6 +9,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import and_, case, func, insert, update
@@ -39,6 +40,7 @@ class Known:
     request_hash: str
     batch_id: uuid.UUID | None
     batch_line: int | None
+    deleted_at: datetime | None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def newest(session: Session, limit: int) -> list[Batch]:
 
 def known(session: Session, external_ids: Sequence[str]) -> dict[str, Known]:
     """Existing tasks with these external ids, by external id. `external_ids`: at most some thousand."""
-    columns: Any = (Task.external_task_id, Task.id, Task.request_hash, Task.batch_id, Task.batch_line)
+    columns: Any = (Task.external_task_id, Task.id, Task.request_hash, Task.batch_id, Task.batch_line, Task.deleted_at)
     found = session.execute(select(*columns).where(col(Task.external_task_id).in_(external_ids)))
     return {external_id: Known(*rest) for external_id, *rest in found}
 

@@ -24,6 +24,7 @@ from receiver.batch.batch_file import BatchInvalid, Line
 from receiver.cli import main, show
 from receiver.sandbox import Sandbox
 from receiver.tasks.operate import Operator
+from receiver.tasks.submit import Conflict
 from receiver.tasks.task_view import is_over
 from storage.accounts import batches
 from storage.accounts.batches import Counts
@@ -268,6 +269,19 @@ def test_a_deleted_task_is_over(parts: Parts) -> None:
     assert found.over == found.total == 2
     assert found == Counts(archived=1, deleted=1)
     assert "deleted 1" in batch_view.words(found)
+
+
+@ONE_DATABASE
+def test_the_id_of_a_deleted_task_stays_taken_and_says_so(command: Command, parts: Parts) -> None:
+    put(parts, LINES[0])
+    finish(parts)
+    name = rows(parts)[0].external_task_id
+    delete(parts.database, parts.bucket, name)
+    with pytest.raises(BatchInvalid, match="was deleted; remove the line, or give it another id"):
+        plan(parts, LINES[0])
+    with pytest.raises(Conflict, match=f"{name} was deleted on 2.*; choose another id"):
+        parts.submitter.submit(LINES[0], external_task_id=name)
+    assert "note: deleted at 2" in command("status", name).out
 
 
 # -- retries ----------------------------------------------------------------------------------------------------------
