@@ -61,7 +61,10 @@ WORK = {
             "Events that are not delivered yet, counted per sink; without a number: once",
         ),
         "oldest_event_seconds": ("oldest_event_seconds", "Age of the oldest of them"),
-        "events_dead": ("events_dead", "Events that a sink never accepted; receiver events redeliver sends them again"),
+        "events_dead": (
+            "events_dead",
+            "Events that a sink never accepted; receiver events redeliver sends them again. Without clients' callbacks",
+        ),
         "audit_faults": ("audit_faults", "Faults that the continuous audit found and that still exist"),
         "audit_hashed": ("audit_hashed_files", "Files hashed in the current round of the audit"),
         "audit_share": ("audit_progress_ratio", "Completed part of the current round, 0 to 1"),

@@ -24,11 +24,12 @@ from receiver.gateway.callback_turns import CallbackTurns
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit
 from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
+from storage.operations import outbox
 from storage.rows import tasks
 from storage.rows.events import EventName
 from storage.rows.models import Event, Task
 
-NAME = "client"
+NAME = outbox.CLIENTS
 NAMESPACE = uuid.UUID("4c0f6a55-2f0e-4f0c-9f0b-6b7d1d1c3f9e")
 MEDIA_TYPE = "application/json; charset=utf-8"
 THREADS = 8

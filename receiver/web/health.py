@@ -37,6 +37,9 @@ from storage.rows.group_commit import GroupCommit
 from storage.rows.models import Callback, Worker
 from storage.states import CallbackState
 
+# What the checks report that is no fault of the receiver: one refused file, or a client that refuses its callbacks.
+REPORTED = frozenset({"waiting", "clients"})
+
 
 class Health:
     """The endpoints. `metrics_token`: opens `/metrics` and the details of `/readyz`; None = both are hidden.
@@ -92,8 +95,7 @@ class Health:
         if self._callbacks.fault is not None:
             checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
-        # One refused file is no fault of the receiver, so work that waits is only reported.
-        is_degraded = any(state != "ok" for name, state in checks.items() if name != "waiting")
+        is_degraded = any(state != "ok" for name, state in checks.items() if name not in REPORTED)
         status = 503 if is_down or (is_degraded and is_strict) else 200
         body: dict[str, Any] = {"status": "unavailable" if is_down else "degraded" if is_degraded else "ok"}
         if is_permitted:
@@ -152,7 +154,7 @@ class Health:
         with self._database.read() as session:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
-            dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
+            (dead, clients), disabled = measures.count_dead_events(session), outbox.disabled(session)
             unusable, waits = measures.unusable_files(session), measures.store_waits(session)
             paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
@@ -160,6 +162,7 @@ class Health:
         undelivered += [f"sink {name} is disabled" for name in disabled]
         return {
             "events": ", ".join(undelivered) or "ok",
+            "clients": counted(clients, "callback was", "callbacks were") + " never accepted" if clients else "ok",
             "work": counted(overdue, "row is overdue", "rows are overdue") if overdue else "ok",
             "deadlines": counted(near, "task is about to lose files", "tasks are about to lose files")
             if near

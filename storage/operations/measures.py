@@ -74,9 +74,9 @@ class Measures:
     `callbacks_lost`: those of them whose end no callback reported. `callbacks_late`: tasks whose callback came after a
     read had reported the end. `late_seconds`: the longest of those delays. `events_open`: undelivered events, counted
     per sink, and once if they have no number yet. `oldest_event_seconds`: age of the oldest of them. `events_dead`:
-    events that were given up. `audit_…`: the continuous audit: current faults, files hashed in this round, completed
-    share of it (0 to 1), whether it is late (0 or 1), seconds since the last complete round (None = no round has
-    ended). `accounts`, `sinks`: by name.
+    events that were given up, without the callbacks of the gateway's clients, which only `sinks` has. `audit_…`: the
+    continuous audit: current faults, files hashed in this round, completed share of it (0 to 1), whether it is late (0
+    or 1), seconds since the last complete round (None = no round has ended). `accounts`, `sinks`: by name.
     """
 
     due: int
@@ -160,9 +160,11 @@ def at_most(count: int) -> int | str:
     return count if count < MAX_DUE else f"{count:,}+"
 
 
-def count_dead_events(session: Session) -> int:
-    """Events that were given up, counted per sink."""
-    return _count(session, outbox.IS_DEAD)
+def count_dead_events(session: Session) -> tuple[int, int]:
+    """Events that were given up, counted per sink, and callbacks that clients of the gateway never accepted."""
+    of_clients = func.count(case((col(Dispatch.sink) == outbox.CLIENTS, 1)))
+    dead, clients = session.exec(select(func.count(), of_clients).where(outbox.IS_DEAD)).one()
+    return dead - clients, clients
 
 
 def unnumbered_fault(session: Session) -> str:
@@ -281,7 +283,7 @@ def _events(session: Session, now: datetime) -> dict[str, Any]:
     return {
         "events_open": sum(each.events_open for each in sinks.values()) + unnumbered,
         "oldest_event_seconds": max(ages),
-        "events_dead": sum(each.events_dead for each in sinks.values()),
+        "events_dead": sum(each.events_dead for name, each in sinks.items() if name != outbox.CLIENTS),
         "sinks": dict(sorted(sinks.items())),
     }
 

@@ -28,6 +28,8 @@ from storage.rows.events import COUNTER, RECORDED
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
 
+# The sink of the gateway's clients, each of whom has an address of its own.
+CLIENTS = "client"
 # Events numbered in one transaction. It takes about 10 ms, in which no one else can write on SQLite.
 BATCH = 500
 # Events numbered at the end of a group of writes, which waits meanwhile. A full group records about as many.

@@ -64,7 +64,7 @@ def everything(parts: Parts) -> None:
         told = session.exec(select(Event)).first()
         assert told is not None
         dead: dict[str, Any] = {"state": DispatchState.DEAD, "error": "answered 500", "created_at": now}
-        session.add(Dispatch(sink="client", event_id=told.id or 0, task_id=told.task_id, **dead))
+        session.add(Dispatch(sink="hook", event_id=told.id or 0, task_id=told.task_id, **dead))
         finding = {"kind": "missing", "key": "vanished-object", "detail": "", "task": ""}
         session.add(RollingAudit(name="archive", due_at=now, findings=[finding]))
         batch = Batch(name="slow-batch", created_at=LONG_AGO)

@@ -21,6 +21,7 @@ from receiver.app.wiring import Parts
 from receiver.base import telemetry
 from receiver.base.telemetry import DEPRECATED, WORK, WORK_OF_EACH
 from receiver.cli import show
+from receiver.gateway import client_callback
 from receiver.sandbox import Sandbox
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.bucket.store_errors import refusal
@@ -233,6 +234,26 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
     assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
     assert (found.events_open, found.events_dead) == (3, 2)
     assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
+
+
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
+def test_callbacks_that_a_client_never_accepts_are_shown_and_no_fault(web: Web, parts: Parts) -> None:
+    """Three creates with a callback address that answers 410 would hide the loss of an operator's event for good."""
+
+    def checks() -> tuple[str, ...]:
+        found = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}).json()
+        return found["checks"]["events"], found["checks"]["clients"], found["status"]
+
+    heartbeats.register(parts.database, 1)
+    for sink in (client_callback.NAME, client_callback.NAME, "hook"):
+        before = measured(parts).events_dead
+        tell(parts, sink, DispatchState.DEAD, seconds_ago=5)
+        assert measured(parts).events_dead - before == (sink == "hook")
+        if sink != "hook":
+            wait_until(lambda: checks()[1] != "ok")
+            assert checks()[::2] == ("ok", "ok")
+    wait_until(lambda: checks() == ("1 were given up", "2 callbacks were never accepted", "degraded"))
+    assert measured(parts).sinks[client_callback.NAME].events_dead == 2
 
 
 @pytest.mark.databases("sqlite")
