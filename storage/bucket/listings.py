@@ -1,4 +1,4 @@
-"""The pages of a listing, which end even if the store never says so."""
+"""The pages of a listing: complete entries, and an end even if the store never sends one."""
 
 from __future__ import annotations
 
@@ -7,20 +7,32 @@ from typing import Any
 
 from botocore.exceptions import PaginationError
 
+from storage.bucket.bounded_connections import UnusableAnswer
+
 # Under a prefix with very many delete markers S3 returns empty pages before the next key.
 MAX_IDLE_PAGES = 100
+# Where each operation lists its entries, and what an entry must have.
+ENTRIES = {
+    "list_objects_v2": (("Contents",), {"Key", "Size", "LastModified"}),
+    "list_object_versions": (("Versions", "DeleteMarkers"), {"Key"}),
+    "list_multipart_uploads": (("Uploads",), {"Key", "UploadId", "Initiated"}),
+}
 
 
-def pages(client: Any, operation: str, *lists: str, **place: str) -> Iterator[dict[str, Any]]:
-    """Every page of `operation`, whose entries are in the members `lists`.
+def entries(client: Any, operation: str, **place: str) -> Iterator[dict[str, Any]]:
+    """Every entry of a listing. One that lacks what it must have raises `UnusableAnswer`.
 
     boto3 asks on while the store names a new token. Here MAX_IDLE_PAGES in a row without a key that sorts after all
     earlier ones raise `PaginationError`.
     """
+    lists, needed = ENTRIES[operation]
     last, idle = "", 0
     for page in client.get_paginator(operation).paginate(**place):
-        yield page
-        greatest = max((each["Key"] for name in lists for each in page.get(name, ())), default="")
+        found = [each for name in lists for each in page.get(name, ())]
+        if not all(needed <= each.keys() for each in found):
+            raise UnusableAnswer
+        yield from found
+        greatest = max((each["Key"] for each in found), default="")
         idle = 0 if greatest > last else idle + 1
         last = max(last, greatest)
         if idle > MAX_IDLE_PAGES:

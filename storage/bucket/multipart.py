@@ -8,7 +8,7 @@ from typing import Any
 
 from storage.bucket import checksums
 from storage.bucket.checksums import Evidence
-from storage.bucket.listings import pages
+from storage.bucket.listings import entries
 from storage.bucket.put_options import Put
 
 
@@ -39,7 +39,6 @@ def upload(client: Any, bucket: str, put: Put, md5: Callable[[str], Mapping[str,
 
 def unfinished(client: Any, bucket: str, prefix: str, before: float) -> Iterator[dict[str, str]]:
     """Unfinished uploads that began before `before` (Unix time), as arguments for the abort."""
-    for page in pages(client, "list_multipart_uploads", "Uploads", Bucket=bucket, Prefix=prefix):
-        for each in page.get("Uploads", ()):
-            if each["Initiated"].timestamp() <= before:
-                yield {"Bucket": bucket, "Key": each["Key"], "UploadId": each["UploadId"]}
+    for each in entries(client, "list_multipart_uploads", Bucket=bucket, Prefix=prefix):
+        if each["Initiated"].timestamp() <= before:
+            yield {"Bucket": bucket, "Key": each["Key"], "UploadId": each["UploadId"]}

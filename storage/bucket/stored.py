@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from botocore import exceptions as boto_errors
 
 from storage.bucket import multipart
-from storage.bucket.listings import pages
+from storage.bucket.listings import entries
 from storage.bucket.probe import whole_checksum
 from storage.bucket.store_connection import StoreConnection
 from storage.bucket.store_errors import NoSuchObject, status
@@ -132,10 +132,8 @@ class StoredObjects(StoreConnection):
     def _versions(self, folder: str) -> Iterator[tuple[str, Mapping[str, str]]]:
         """Every version and delete marker, or only the objects if the store cannot list versions."""
         try:
-            kinds = "Versions", "DeleteMarkers"
-            for page in pages(self._client(), "list_object_versions", *kinds, Bucket=self.name, Prefix=folder):
-                for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
-                    yield each["Key"], {"VersionId": each["VersionId"]} if each.get("VersionId") else {}
+            for each in entries(self._client(), "list_object_versions", Bucket=self.name, Prefix=folder):
+                yield each["Key"], {"VersionId": each["VersionId"]} if each.get("VersionId") else {}
         except boto_errors.ClientError as error:
             if status(error) not in (405, 501):
                 raise
@@ -158,10 +156,9 @@ class StoredObjects(StoreConnection):
         """Every object whose key begins with `prefix` and sorts after `after`, in the store's order."""
         place = {"Bucket": self.name, "Prefix": prefix} | ({"StartAfter": after} if after else {})
         with self._errors():
-            for page in pages(self._client(), "list_objects_v2", "Contents", **place):
-                for each in page.get("Contents", ()):
-                    modified_at = each["LastModified"].astimezone(UTC)
-                    yield Listed(each["Key"], each["Size"], each.get("ETag", ""), modified_at)
+            for each in entries(self._client(), "list_objects_v2", **place):
+                modified_at = each["LastModified"].astimezone(UTC)
+                yield Listed(each["Key"], each["Size"], each.get("ETag", ""), modified_at)
 
     def presigned_get(self, key: str, *, expires_seconds: int, disposition: str | None = None) -> str:
         """A URL that reads the object without credentials for 1 to 604,800 seconds. Treat it as a secret.

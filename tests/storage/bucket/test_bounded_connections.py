@@ -162,6 +162,14 @@ def test_listing_without_further_keys_ends(
     assert 6 <= 20 - len(pages) <= 8
 
 
+@pytest.mark.parametrize("name", ["list", "purge", "abort_uploads"])
+def test_entry_without_what_every_entry_has_is_an_error_of_the_store(store: Store, bucket: Bucket, name: str) -> None:
+    root, tag, _ = LISTINGS[name]
+    store.scripts = [answer(b"<%b><%b><Size>1</Size></%b></%b>" % (root, tag, tag, root))]
+    with pytest.raises(StoreUnavailable, match="no XML of S3"):
+        list(bucket.list("p")) if name == "list" else getattr(bucket, name)("p")
+
+
 def test_endless_100_continue_responses_are_given_up(store: Store, bucket: Bucket) -> None:
     store.scripts = [lambda connection: connection.sendall(b"HTTP/1.1 100 Continue\r\n")]  # then the server closes
 
