@@ -296,7 +296,7 @@ def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Par
     assert ("1 event was given up" in ann.page("")) is (sink == "hook"), "no fault of the receiver"
     sent = ann.post("/act/redeliver", sink=sink).text
     assert "1 event is sent again" in sent and "Send 1 again" not in sent
-    assert ("client is not in RECEIVER_EVENT_SINKS" in sent) is (sink == "client")
+    assert "client is not in RECEIVER_EVENT_SINKS" in sent
     assert "1 event was given up" not in ann.page("")
     assert "1 event on its way to this sink is given up" in sent
     assert "<details" in sent.partition("/console/act/disable")[0].rpartition("</form>")[2]
