@@ -13,7 +13,8 @@ from receiver.app.findings import start_command
 from receiver.app.wiring import Parts
 from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
-from receiver.tasks.task_view import find, is_over, next_try_of, waiting_of
+from receiver.console import catalogue
+from receiver.tasks.task_view import find, is_over, next_step, next_try_of, waiting_of
 from receiver.web.assets import asset_link
 from storage import spool
 from storage.accounts import pauses
@@ -124,12 +125,25 @@ def show(parts: Parts, external_task_id: str) -> None:
     for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", gone or task.note)):
         if value:
             say(f"  {label}: {value}")
+    _show_next(parts, task, assets)
     if assets:
         terminal.show(_asset_table(parts, assets))
     if any(asset.state is not AssetState.ARCHIVED and (asset.error or "").startswith(STORE_ERRORS) for asset in assets):
         say(f"  {STORE_ADVICE}")
     for fact in facts:
         say(f"  {fact.at:%Y-%m-%d %H:%M:%S.%f}  {fact.name}")
+
+
+def _show_next(parts: Parts, task: Task, assets: Sequence[Asset]) -> None:
+    """Print what the task waits for, and what keeps it from that."""
+    name, at = next_step(parts.database, task, assets)
+    if name in ("nothing", "deleted"):
+        return
+    say(f"  next: {catalogue.text('en', f'next.{name}')}" + (f" ({at:%Y-%m-%d %H:%M:%S} UTC)" if at else ""))
+    for line in pausing(parts, task):
+        say(f"  {line}")
+    if name not in ("parked", "retry") and not heartbeats.count_alive(parts.database):
+        say(f"  {no_worker(parts)}")
 
 
 def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:

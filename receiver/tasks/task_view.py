@@ -9,6 +9,8 @@ from typing import Any
 
 from receiver.base.visible import MAX_PRETTY_CHARS, cut, masked, seen, short
 from storage import states
+from storage.accounts import pauses
+from storage.accounts.accepted_creates import was_accepted
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.errors import NoSuchTask
@@ -49,8 +51,25 @@ def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
     """Whether `retry` would do anything."""
     if task.deleted_at is not None or task.archive is ArchiveState.ARCHIVED:
         return False
+    if task.state is TaskState.FAILED:  # a retry reads it, and of a refused create the provider has nothing
+        return task.step is not None or was_accepted(task)
     failed = any(asset.state is not AssetState.ARCHIVED for asset in assets)
-    return failed or task.step is not None or task.archive is ArchiveState.INCOMPLETE or task.state is TaskState.FAILED
+    return failed or task.step is not None or task.archive is ArchiveState.INCOMPLETE
+
+
+def next_step(database: Database, task: Task, assets: Sequence[Asset]) -> tuple[str, datetime | None]:
+    """What happens next without a person, as the key of a text `next.…`, and when. No time while a worker is at it."""
+    if task.deleted_at is not None:
+        return "deleted", None
+    if task.queued_at is not None:
+        with database.read() as session:
+            paused = pauses.holding(session, task)
+        return ("paused", max(each.trial_at for each in paused)) if paused else ("queued", None)
+    if task.step is not None:
+        return (task.step, None if task.lease else task.due_at) if task.due_at else ("parked", None)
+    if task.archive is ArchiveState.ARCHIVING or any(asset.state is AssetState.DUE for asset in assets):
+        return "files", None
+    return "retry" if can_retry(task, assets) else "nothing", None
 
 
 def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from receiver.base.visible import cut, seen, short
 from receiver.console import words
 from receiver.console.installation import Installation
 from receiver.console.visit import Visit, part
-from receiver.tasks.task_view import can_retry, is_over, model_of, prompt_of, request_of, why_not
+from receiver.tasks.task_view import can_retry, is_over, model_of, next_step, prompt_of, request_of, why_not
 from storage import filters
 from storage.operations import lists
 from storage.rows import events, tasks
@@ -108,11 +108,11 @@ class Tasks:
         ordered = in_order(moments, task.created_at, visit.language)
         return visit.page(
             "task.html", task=task, files=part(visit, "from", assets, FILES_A_PAGE), count=len(assets), batch=batch,
-            aliases=aliases, note=task.note, is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept,
-            ratio=words.ratio_class, uri=self._of.bucket.uri, request=request_of(task, MAX_REQUEST_CHARS),
-            timeline=part(visit, "moment", ordered, MOMENTS_A_PAGE, newest=True),
+            aliases=aliases, next=next_step(self._of.database, task, assets), is_over=is_over(task),
+            path=path_of(task), is_kept=lists.is_kept, ratio=words.ratio_class, uri=self._of.bucket.uri,
+            request=request_of(task, MAX_REQUEST_CHARS), model=model_of(task), can_retry=can_retry(task, assets),
+            timeline=part(visit, "moment", ordered, MOMENTS_A_PAGE, newest=True), is_dismissed=is_dismissed(task),
             prompt=seen(cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
-            model=model_of(task), can_retry=can_retry(task, assets), is_dismissed=is_dismissed(task),
         )  # fmt: skip
 
 

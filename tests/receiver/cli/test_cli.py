@@ -104,6 +104,9 @@ def test_a_submitted_task_is_archived_by_a_worker_and_shown_by_status(receiver: 
     submitted = receiver(*ASK, "--n", "2")
     assert (submitted.code, "no worker is alive" in submitted.err) == (0, True)
     name = submitted.out.strip()
+    waiting = receiver("status", name).out
+    assert "  next: the provider is asked how it stands (2" in waiting
+    assert "  no worker is alive: start `receiver serve`" in waiting
 
     def archived() -> Any:
         worked = receiver("work", "--once")
@@ -114,7 +117,7 @@ def test_a_submitted_task_is_archived_by_a_worker_and_shown_by_status(receiver: 
     report = wait_until(archived, seconds=60)
     assert {one["uri"] for one in report["assets"]} <= {bucket.uri(each.key) for each in bucket.list(bucket.prefix)}
     for shown in (receiver("status").out, receiver("status", name).out):
-        assert name in shown and "succeeded" in shown and "archived" in shown
+        assert name in shown and "succeeded" in shown and "archived" in shown and "next:" not in shown
     assert len(receiver("status", "--json").json["tasks"]) == 1
     check_the_contract(report, name)
 

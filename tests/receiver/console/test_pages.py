@@ -50,6 +50,31 @@ def test_overview_names_a_paused_account_with_the_providers_message(
     assert "&lt;b&gt;top up&lt;/b&gt;" in ann.page("")
 
 
+@pytest.mark.parametrize(
+    ("accepted", "next_step", "offered"),
+    [("74912873", "nothing by itself: retry tries once more", True), (None, "nothing: it is over", False)],
+    ids=["accepted", "refused"],
+)
+def test_a_failed_task_offers_a_retry_where_one_does_something(
+    parts: Parts, ann: Reader, accepted: str | None, next_step: str, offered: bool
+) -> None:
+    task = insert_row(
+        parts, provider_task_id=accepted, error="content refused", state=TaskState.FAILED, step=None, due_at=None
+    )
+    page = ann.page(f"/tasks/{task.external_task_id}")
+    assert (next_step in page, "No file." in page) == (True, True)
+    assert ('action="/console/act/retry"' in page, 'class="main"' in page) == (offered, False)
+
+
+def test_a_queued_task_names_the_pause_of_its_account(parts: Parts, ann: Reader) -> None:
+    task = insert_row(parts, queued_at=parts.database.now(), due_at=None, slots=-1)
+    page = f"/tasks/{task.external_task_id}"
+    assert "it waits for a free slot of the account" in ann.page(page)
+    with parts.database.write() as session:
+        pauses.pause(session, task.provider, None, AccountRefused("refused", code=1102, said="top up"))
+    assert "the account is paused, and a create is tried" in ann.page(page)
+
+
 def test_causes_are_in_the_language_of_the_page(parts: Parts, web: Web) -> None:
     """On the lists, on their own pages and in the timeline. What is not ours stays and is marked."""
     deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
