@@ -46,6 +46,9 @@ Prices = Annotated[
 Reports = Annotated[list[Path] | None, typer.Option(help="Write a batch's final report, JSON or .csv. Repeatable.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")]
 
+# A picture of 300 by 300 pixels, the fewest that are accepted, has 124 in one colour as a PNG of one bit.
+MIN_BASE64_CHARS = 100
+
 
 # Longer than usual, because typer needs every option as a parameter.
 def submit(
@@ -127,10 +130,15 @@ def _image(given: str) -> str:
         return given
     # os.path, because a Path raises for Base64 that is longer than a file name
     if not os.path.isfile(given):
-        if given.lower().endswith((".png", ".jpg", ".jpeg")):  # no Base64 has a dot
+        if _looks_like_a_file(given):
             raise typer.BadParameter(f"{given}: no such file", param_hint="--image")
         return given
     return base64.b64encode(Path(given).read_bytes()).decode()
+
+
+def _looks_like_a_file(given: str) -> bool:
+    """Whether it has a dot, which no Base64 has, or a slash, and is too short for a picture's Base64."""
+    return "://" not in given and ("." in given or ("/" in given and len(given) < MIN_BASE64_CHARS))
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:

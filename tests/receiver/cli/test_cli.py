@@ -242,8 +242,12 @@ def test_image_is_read_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None
     (create,) = sandbox.ledger().creates
     first, second = create.body["image_list"]
     assert len(first["image"]) > 100 and second == {"image": "https://example.com/a.png"}
-    refused = ready(*ASK, "--image", "missing.png")
-    assert (refused.code, "missing.png: no such file" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["missing.png", "missing.txt", "pictures/missing"])
+def test_an_image_that_looks_like_a_missing_file_is_named_so(ready: CommandLine, name: str) -> None:
+    refused = ready(*ASK, "--image", name)
+    assert (refused.code, f"{name}: no such file" in refused.err) == (2, True)
 
 
 def test_an_unknown_model_passes_with_a_warning(ready: CommandLine) -> None:
