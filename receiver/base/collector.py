@@ -42,15 +42,17 @@ def spare_imports() -> None:
 
 
 def import_without_rich() -> None:
-    """Import structlog without rich, with which it prints tracebacks where that is installed. We render them ourselves.
+    """Import structlog and httpx without rich, which both import where it is installed.
 
-    rich and what it imports were a twentieth of a start. Later imports find it as usual.
+    structlog would print tracebacks with it, which we render ourselves, and httpx has a command line. rich and what it
+    imports were a twentieth of a start. Later imports find it as usual.
     """
     is_hidden = "rich" not in sys.modules
     if is_hidden:
         sys.modules["rich"] = None  # type: ignore[assignment] # counts as not installed
     try:
-        import_module("structlog")
+        for name in ("structlog", "httpx"):
+            import_module(name)
     finally:
         if is_hidden:
             del sys.modules["rich"]

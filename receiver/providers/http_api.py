@@ -1,18 +1,23 @@
-"""An HTTP API behind a base URL: each request within one deadline, each answer of a bounded size."""
+"""An HTTP API behind a base URL: each request within one deadline, each answer of a bounded size.
+
+httpx applies its timeouts to each read alone, so a head that never ends held a thread for minutes. Its transport here
+is a pool over our own connections, which hold a whole exchange to its deadline.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import NamedTuple
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpcore
+import httpx
 
 from storage.egress import EgressProxy
 from storage.errors import FetchTooLarge
 from storage.fetch import connection
-from storage.fetch.addresses import ASCII_PRINTABLE, DEFAULT_PORTS, host_name
 from storage.gzip_members import without_codings
 from storage.http.client import declared_length
 from storage.http.connection import GuardedStream, TransferDeadline
@@ -26,7 +31,7 @@ MIN_BYTES_PER_SECOND = 13_000
 
 
 class Answer(NamedTuple):
-    """`headers`: names in lower case. `body`: without its content coding."""
+    """`headers`: by name in any case. `body`: without its content coding."""
 
     status: int
     headers: Mapping[str, str]
@@ -44,27 +49,27 @@ class HttpApi:
     def __init__(
         self, base_url: str, *, timeout_seconds: float, max_bytes: int, proxy: EgressProxy | None = None
     ) -> None:
-        parts = urlsplit(base_url)
-        self._scheme, self._host = parts.scheme, host_name(parts.hostname or "")
-        self._port = parts.port or DEFAULT_PORTS[parts.scheme]
-        self._path = quote(parts.path, safe=ASCII_PRINTABLE)
-        name = f"[{self._host}]" if ":" in self._host else self._host
-        authority = name if self._port == DEFAULT_PORTS[parts.scheme] else f"{name}:{self._port}"
-        self._headers = {
-            "Host": authority,
-            "Accept": "application/json",
-            "Accept-Encoding": "identity",
-            "User-Agent": connection.USER_AGENT,
-        }
+        self._base_url = base_url
         self._timeout_seconds = timeout_seconds
         self._max_bytes = max_bytes
-        self._pool = httpcore.ConnectionPool(
+        pool = httpcore.ConnectionPool(
             ssl_context=connection.tls_context(),
             proxy=_proxy(proxy) if proxy else None,
             max_connections=MAX_CONNECTIONS,
             max_keepalive_connections=MAX_IDLE_CONNECTIONS,
             keepalive_expiry=connection.KEEPALIVE_SECONDS,
             network_backend=connection.GuardedBackend(None),
+        )
+        self._client = httpx.Client(
+            transport=_PoolTransport(pool),
+            trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            timeout=httpx.Timeout(None, connect=timeout_seconds, pool=timeout_seconds),
+            headers={
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",
+                "User-Agent": connection.USER_AGENT,
+            },
         )
 
     def send(
@@ -80,34 +85,60 @@ class HttpApi:
             math.inf, seconds, MIN_BYTES_PER_SECOND, wait_seconds=seconds, awaited="answer"
         )  # fmt: skip
         length = {} if content is None else {"Content-Length": str(sum(map(len, content)))}
-        request = httpcore.Request(
-            method,
-            httpcore.URL(scheme=self._scheme, host=self._host, port=self._port, target=self._path + path),
-            headers=[*{**self._headers, **headers, **length}.items()],
-            content=None if content is None else _pieces(content, deadline),
-            extensions={"timeout": {"connect": seconds, "pool": seconds}},
-        )
+        pieces = None if content is None else _pieces(content, deadline)
         with deadline:
-            response = self._pool.handle_request(request)
-            try:
+            with self._client.stream(
+                method, self._base_url + path, headers={**headers, **length}, content=pieces
+            ) as response:
                 return self._answer(response)
-            finally:
-                response.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _answer(self, response: httpx.Response) -> Answer:
+        headers = response.headers
+        body = bytearray()
+        for block in without_codings(response.iter_raw(), headers.get("content-encoding", "")):
+            body += block
+            if len(body) > self._max_bytes:
+                raise FetchTooLarge(f"the answer is larger than {self._max_bytes} bytes")
+        return Answer(response.status_code, headers, bytes(body))
+
+
+class _PoolTransport(httpx.BaseTransport):
+    """httpx over a pool of httpcore. Its errors stay those of httpcore, as everywhere in this tree."""
+
+    def __init__(self, pool: httpcore.ConnectionPool) -> None:
+        self._pool = pool
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        url = request.url
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        sent = httpcore.Request(
+            request.method, target, headers=request.headers.raw, content=request.stream, extensions=request.extensions
+        )
+        answer = self._pool.handle_request(sent)
+        stream = _Stream(answer)
+        return httpx.Response(answer.status, headers=answer.headers, stream=stream, extensions=answer.extensions)
 
     def close(self) -> None:
         self._pool.close()
 
-    def _answer(self, response: httpcore.Response) -> Answer:
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
-        body = bytearray()
-        for block in without_codings(response.iter_stream(), headers.get("content-encoding", "")):
-            body += block
-            if len(body) > self._max_bytes:
-                raise FetchTooLarge(f"the answer is larger than {self._max_bytes} bytes")
-        stream = response.extensions["network_stream"]
+
+class _Stream(httpx.SyncByteStream):
+    """A body. Its connection is kept once all of it was read."""
+
+    def __init__(self, answer: httpcore.Response) -> None:
+        self._answer = answer
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._answer.iter_stream()
+        stream = self._answer.extensions["network_stream"]
         assert isinstance(stream, GuardedStream)
-        stream.reusable = declared_length(headers) in (None, stream.body_bytes)
-        return Answer(response.status, headers, bytes(body))
+        stream.reusable = declared_length(httpx.Headers(self._answer.headers)) in (None, stream.body_bytes)
+
+    def close(self) -> None:
+        self._answer.close()
 
 
 def _pieces(content: Sequence[bytes], deadline: TransferDeadline) -> Iterator[bytes]:
