@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from receiver.base.visible import visible
 from storage.forks import renew_in_children
+from storage.url_parts import without_queries
 
 REGISTRY = CollectorRegistry()
 DELIVERIES = Counter("receiver_deliveries", "Callback requests by outcome", ["outcome"], registry=REGISTRY)
@@ -140,11 +141,10 @@ def _set(gauge: Gauge, number: float | None) -> None:
     gauge.set(float("nan") if number is None else number)
 
 
-# The last defence: queries of signed URLs and tokens in paths are cut from every message. The patterns have no word
-# boundaries, because in quoted text the character before may be the n of an escaped line break. The first and the last
-# also match what has no secret, and keep it: otherwise each `http://` and `eyJ` is searched to the end of the text.
+# The last defence: tokens in paths and in headers are cut from every message, beside the queries of addresses. The
+# patterns have no word boundaries, because in quoted text the character before may be the n of an escaped line break.
+# The last also matches what has no secret, and keeps it: otherwise each `eyJ` is searched to the end of the text.
 SECRET_SHAPES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (re.compile(r"(https?://[^\s?\"'<>]++)(\?[^\s\"'<>]*)?"), lambda found: found[1] + ("?…" if found[2] else "")),
     (re.compile(r"(/(?:callbacks/[a-z0-9_-]+|assets)/)[A-Za-z0-9_-]{20,}"), r"\1…"),
     (re.compile(r"(Bearer\s+)\S+", re.IGNORECASE), r"\1…"),
     (re.compile(r"(://[^\s:/@\"']*:)[^\s/@\"']+@"), r"\1…@"),
@@ -158,6 +158,7 @@ SECRET_SHAPES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]
 
 def scrub(text: str) -> str:
     """`text` without anything that has the form of a secret."""
+    text = without_queries(text)
     for shape, kept in SECRET_SHAPES:
         text = shape.sub(kept, text)
     return text

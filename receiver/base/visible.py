@@ -1,4 +1,6 @@
-"""Text of others as it may be shown: control characters are written out, and URLs are cut behind their host."""
+"""Text of others as it may be shown: control characters are written out, URLs are cut behind their host, and what
+stands like a query or a signature is cut too.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import re
 from typing import Any
 
 from storage.keys import TERMINAL_CONTROLS
+from storage.url_parts import without_queries
 
 # What follows a scheme, also in the escapes of JSON, URLs and HTML, and a host behind it.
 _SCHEME = re.compile(
@@ -27,11 +30,14 @@ def visible(text: str) -> str:
 
 
 def masked(foreign: str) -> str:
-    """`foreign` up to its first URL's host: a URL may have any character, so it may end where the text ends."""
+    """`foreign` up to its first URL's host: a URL may have any character, so it may end where the text ends.
+
+    Where no scheme stands, only what `without_queries` finds is cut.
+    """
     if (found := _SCHEME.search(foreign)) is None:
-        return foreign
+        return without_queries(foreign)
     host = _HOST.match(foreign, found.end())
-    shown = foreign[: found.end()] + (host[1] if host else "")
+    shown = without_queries(foreign[: found.start()]) + found[0] + (host[1] if host else "")
     return shown if host and host.end() == len(foreign) else f"{shown}/…"
 
 
@@ -49,8 +55,8 @@ def masked_values(value: Any) -> Any:
 
 
 def seen(foreign: str) -> str:
-    """Text of others with invisible characters written out and every URL reduced to its host."""
-    return _ADDRESS.sub(r"\1\2/…", _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign))
+    """Text of others with invisible characters written out, every URL reduced to its host, and no query."""
+    return without_queries(_ADDRESS.sub(r"\1\2/…", _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign)))
 
 
 def raw(body: bytes) -> str:

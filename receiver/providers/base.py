@@ -28,6 +28,7 @@ from typing import Any, Protocol
 
 from storage.errors import ProviderRejected, ProviderUnavailable, UserError
 from storage.states import Report
+from storage.url_parts import without_queries
 
 # Control characters, lone surrogates and direction overrides. PostgreSQL refuses them, or a terminal obeys them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
@@ -228,11 +229,14 @@ class Provider(Protocol):
 
 
 def plain(text: str, max_chars: int) -> str:
-    """Make foreign text safe to store and to show: one line, no NUL, and of each URL only the host.
+    """Make foreign text safe to store and to show: one line, no NUL, of each URL only the host, and no query.
 
     Queries hold signatures and paths hold tokens, so both are removed.
     """
-    visible = _URL.sub(r"\1\2/…", " ".join(_UNPRINTABLE.sub(" ", text[: 8 * max_chars]).split()))
+    if not text or (text.isalnum() and len(text) <= max_chars):
+        return text  # most reports: no message, and a status word
+    one_line = " ".join(_UNPRINTABLE.sub(" ", text[: 8 * max_chars]).split())
+    visible = without_queries(_URL.sub(r"\1\2/…", one_line))
     return visible if len(visible) <= max_chars else visible[: max_chars - 1] + "…"
 
 

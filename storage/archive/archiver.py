@@ -229,8 +229,7 @@ class Archiver:
         without it.
         """
         with self._database.write() as session:
-            task, now = self._lock_task(session, asset), tasks.now(session)
-            tries = asset.unusable_tries + 1
+            task, now, tries = self._lock_task(session, asset), tasks.now(session), asset.unusable_tries + 1
             life = timedelta(seconds=LIFE_SHARE * self._schedule.result_lifetime_seconds)
             life_ends = (task.completed_at or now) + life
             due_in = unusable.next_try(tries, now=now, link_ends=asset.files_expire_at, life_ends=life_ends)

@@ -31,8 +31,6 @@ from storage.states import ArchiveState, CallbackState
 
 log = structlog.get_logger()
 
-NOTE = "deleted"
-
 
 class Refused(UserError):
     """The task may not be deleted. The message says why and what to do."""
@@ -97,7 +95,7 @@ def _set_tombstone(database: Database, task: Task) -> bool:
         if (until := held_until(session, row.id)) and until > tasks.now(session):
             raise Refused(f"a worker may still be storing a file of this task: delete it after {until:%H:%M:%S} UTC")
         row.deleted_at = tasks.now(session)
-        row.note = NOTE
+        row.note = "deleted"
     return False
 
 

@@ -37,6 +37,7 @@ from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState, CallbackState
+from storage.url_parts import address_of, may_hold_query, values_without_queries
 
 log = structlog.get_logger()
 
@@ -70,12 +71,10 @@ MAX_DEPTH = 100
 _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 # In what `_JSON` wrote: every number with a fraction or an exponent, and rarely a text.
 FRACTION = re.compile(r'(?:":|[\[,])-?[0-9]+[.e]')
-# A URL's scheme, and the rest without user name and query. Line ends in a URL are ignored, as every client does.
-URL = re.compile(r"[\x00-\x20]*(https?):(?://)?(?:[^/?#]*@)?([^?#]*)", re.IGNORECASE)
-LINE_ENDS = dict.fromkeys(map(ord, "\t\r\n"))
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
-
+# Members with texts of others. Ids and keys, which `rebuild` compares, stay as they are.
+FOREIGN = {"request", "delivery", "error", "note", "notes", "source", "fetched"}
 
 NOW = db_now()
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
@@ -213,9 +212,9 @@ def build(
 ) -> tuple[bytes, str]:
     """The manifest's bytes and its digest: SHA-256 of its RFC 8785 form without the member `digest`.
 
-    Contains no secret and no signed URL: every address is cut before `?`. `aliases`: every id by which the provider has
-    called the task. `delivery`: source, body and time of the last one that was applied. `predecessor`: digest of the
-    manifest that this one replaces. `manifest.schema.json` beside this file describes the members.
+    Contains no secret and no signed URL (`storage.url_parts`). `aliases`: every id by which the provider has called the
+    task. `delivery`: source, body and time of the last one that was applied. `predecessor`: digest of the manifest that
+    this one replaces. `manifest.schema.json` beside this file describes the members.
     """
     facts = tasks.facts(task, assets)
     decided = {"archive": states.outcome(facts).value, "note": states.shortfall(facts)}
@@ -233,7 +232,13 @@ def build(
     plain = without_signatures(content)
     dumped = {name: _dump(value, is_ours=name != "request") for name, value in plain.items()}
     dumped["delivery"] = _delivery(delivery) if delivery else b"null"
-    digest = hashlib.sha256(_members(dumped)).hexdigest()
+    if may_hold_query((whole := _members(dumped)).decode()):  # rare
+        found = _parsed(whole)
+        for row in (found, found["task"], *found["assets"]):
+            row.update(values_without_queries({name: row[name] for name in row.keys() & FOREIGN}))
+        dumped = {name: _dump(value, is_ours=False) for name, value in found.items()}
+        whole = _members(dumped)
+    digest = hashlib.sha256(whole).hexdigest()
     return _members({**dumped, "digest": _dump(digest, is_ours=True)}), digest
 
 
@@ -257,8 +262,7 @@ class ManifestDamaged(ValueError):
 def read(content: bytes) -> dict[str, Any]:
     """A manifest's members, with the digest verified. Raises `ManifestDamaged`."""
     try:
-        # RFC 8785 writes a float below 10^21 like an integer, and has no integer of 17 digits.
-        found = json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
+        found = _parsed(content)
         schema, claimed = found["schema"], found["digest"]
         actual = digest_of(found)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -268,6 +272,11 @@ def read(content: bytes) -> dict[str, Any]:
     if claimed != actual:
         raise ManifestDamaged("its content has another digest; restore the original")
     return dict(found)
+
+
+def _parsed(content: bytes) -> Any:
+    # RFC 8785 writes a float below 10^21 like an integer, and has no integer of 17 digits.
+    return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
 
 
 def digest_of(members: Mapping[str, Any]) -> str:
@@ -301,7 +310,7 @@ def _columns(row: Task | Asset, names: Sequence[str], *, only_set: bool = False)
 def without_signatures(value: Any) -> Any:
     """`value` in JSON's types, with every URL cut before `?` and with numbers that RFC 8785 can carry."""
     if isinstance(value, str):
-        return _without_query(value)
+        return address_of(value.encode("utf-8", "replace").decode())  # lone surrogates have no UTF-8 form
     if isinstance(value, int):
         return value if abs(value) <= MAX_EXACT_INTEGER else str(value)
     if isinstance(value, dict):
@@ -313,9 +322,3 @@ def without_signatures(value: Any) -> Any:
     if isinstance(value, UUID):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _without_query(text: str) -> str:
-    text = text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8 form
-    found = URL.match(text.translate(LINE_ENDS).strip()) if "://" in text else None
-    return f"{found[1].lower()}://{found[2]}" if found else text

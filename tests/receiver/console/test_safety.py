@@ -232,6 +232,20 @@ def test_a_reader_sees_no_signed_link_however_it_is_written(parts: Parts, ben: R
         assert "s3cr3t" not in shown and "path-of-a-token" not in shown, how
 
 
+UNSCHEMED = (
+    "//h/x?Signature=s3cr3t", "see //h/x?a=s3cr3t", "h.example/x?Signature=s3cr3t", "/x.png?Expires=9&Signature=s3cr3t",
+    "https:/h/x?Signature=s3cr3t", "https:\\\\h/x?Signature=s3cr3t", "https:/\n/h/x?sig=s3cr3t", "192.0.2.1/x?a=s3cr3t",
+    "Expires=9&Signature=s3cr3t", "a=1&X-Amz-Signature=s3cr3t https://h/x", "%2Fx%3Fsig%3Ds3cr3t",
+)  # fmt: skip
+
+
+def test_a_reader_sees_no_signature_without_a_scheme(parts: Parts, ben: Reader) -> None:
+    for given in UNSCHEMED:
+        for body in (json.dumps({"a": [given], given: 1, "b": json.dumps({"c": given})}), f"not JSON: {given}\n"):
+            callback = deliver(parts, None, body.encode())
+            assert "s3cr3t" not in ben.page(f"/deliveries/{callback.id}"), body
+
+
 def test_an_image_link_of_a_request_is_masked_to_its_end(parts: Parts, ben: Reader) -> None:
     images = [{"image": SIGNED.replace("x.png", each)} for each in ("x'y.png", "x y.png", "x<y.png")]
     task = insert_row(parts, request={"prompt": "see https://a.example/b and more", "image_list": images})

@@ -392,6 +392,16 @@ def test_a_redirect_is_not_followed(server: Scripted, kling: Kling) -> None:
     assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "link", ["see //h/x?Signature=S3CR3T", "h.example/x?Signature=S3CR3T", "https:/h/x?Signature=S3CR3T",
+             "https:\\\\h/x?Signature=S3CR3T", "https%3A%2F%2Fh%2Fx%3FSignature%3DS3CR3T", "X-Amz-Signature=S3CR3T",
+             "/x.png?Signature=S3CR3T"],
+)  # fmt: skip
+def test_a_message_holds_no_signature_however_its_link_is_written(kling: Kling, link: str) -> None:
+    report = kling.parse(json.dumps({"task_id": "1", "task_status": "failed", "task_status_msg": link}).encode())
+    assert report.message and "S3CR3T" not in report.message
+
+
 def test_errors_hold_no_key_no_token_and_no_query(server: Scripted, kling: Kling) -> None:
     echo = f"{KEY} https://us.example/callbacks/kling/TOKEN and https://u:p@cdn.example/a.png?Signature=S " + "x" * 999
     server.answer({"code": 1200, "message": echo}, 400)

@@ -15,18 +15,19 @@ import pytest
 import rfc8785
 from jsonschema import Draft202012Validator
 from pydantic import SecretStr
-from sqlmodel import col, select
+from sqlmodel import col, select, update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.archive import manifest
 from storage.archive.audit import Audit
 from storage.archive.rebuild import Problem, Rebuild, asset_from
-from storage.rows.models import Asset, Task, TaskAlias
-from storage.states import ArchiveState, AssetState
-from tests.archived_tasks import all_assets, archive, flip, put, work_off
+from storage.rows.models import Asset, Callback, Task, TaskAlias
+from storage.states import ArchiveState, AssetState, Step
+from tests.archived_tasks import REQUEST, all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
-from tests.pipeline import Wired, assets_of, kept, task_of
+from tests.pipeline import Wired, assets_of, kept, run, task_of
+from tests.rows import LONG_AGO
 
 # What a manifest says is tested on one database, how it becomes rows on both.
 pytestmark = pytest.mark.databases("sqlite")
@@ -121,6 +122,28 @@ def test_manifest_holds_urls_without_signature() -> None:
     for link in ("https://h/my image.png?Signature=s", " https://h/a.png?Signature=s\n", "https://h/a.png#Signature=s"):
         assert "Signature" not in manifest.without_signatures({"url": [link]})["url"][0]
     assert manifest.without_signatures("a boat? see below") == "a boat? see below"
+
+
+def test_manifest_holds_no_signature_in_any_text_and_ids_as_they_are(parts: Parts, empty: Parts) -> None:
+    """An id with a query is a part of each key, and `rebuild` compares it with the folder's name."""
+    name = "shop/5?item=3&token=4"
+    request = {**REQUEST, "prompt": "like //h/p?Signature=s3cr3t, a=b"}
+    task = parts.submitter.submit(request, external_task_id=name).task
+    work_off(parts)
+    odd = {"to": "saved to https://h/x?Signature=s3cr3t", "https://h/x?sig=s3cr3t": "url=https%3A%2F%2Fh%3Fx%3Ds3cr3t"}
+    with parts.database.write() as session:
+        session.execute(update(Callback).values(body=json.dumps(odd | {"number": 1e15, "plain": "a=b?"}).encode()))
+        session.execute(update(Asset).values(source_url="//h/x?Signature=s3cr3t", error="h/x?a=s3cr3t"))
+        session.execute(update(Task).values(step=Step.FINISH, archive=ArchiveState.ARCHIVING, due_at=LONG_AGO))
+    run(parts, "finishes")
+    content = parts.bucket.read_bytes(str(task_of(parts, name).manifest_key), 2**20)
+    members = manifest.read(content)
+    assert b"s3cr3t" not in content
+    assert (members["delivery"]["body"]["plain"], members["delivery"]["body"]["number"]) == ("a=b?", 1e15)
+    assert members["request"]["prompt"] == "like //h/p?… a=b"
+    assert (members["task"]["external_task_id"], members["assets"][0]["key"]) == (name, assets_of(parts, task)[0].key)
+    counts, problems = rebuild(empty)
+    assert (counts["tasks"], counts["assets"], problems) == (1, 1, [])
 
 
 def test_manifest_holds_urls_without_user_name() -> None:
