@@ -49,12 +49,12 @@ def opened(
         from receiver.base import telemetry
         from receiver.local_store import serve_store
 
-    chosen = _settings(starts_store, needs_bucket=needs_bucket, allow_http=allow_http or None, store=store, **settings)
+    chosen = _settings(needs_bucket=needs_bucket, allow_http=allow_http or None, store=store, **settings)
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
     _announce(chosen, asks_provider)
     with serve_store.running(chosen, borrows=borrows_store) if starts_store else nullcontext():
         with collector_paused():
-            parts = Parts(chosen)
+            parts = Parts(_with_console_key(chosen) if starts_store else chosen)
         try:
             with explained(parts.database):
                 if pays:
@@ -67,21 +67,26 @@ def opened(
             parts.close()
 
 
-def _settings(starts_store: bool, **values: Any) -> Settings:
-    """The settings, with a console key of the local store if the command starts it and none is set."""
-    from pydantic import SecretStr
-
+def _settings(**values: Any) -> Settings:
     from receiver.base import config
-    from receiver.local_store import serve_store
 
     try:
         chosen = config.load(**values)
     except config.SettingsInvalid as error:  # a missing setting is often a misspelt one
         raise config.SettingsInvalid("\n".join([str(error), *_unknown()])) from None
-    if starts_store and chosen.store and not chosen.console_keys:
-        key = SecretStr(f"me={serve_store.console_key(chosen.store)}")
-        chosen = chosen.model_copy(update={"console_keys": (key,)})
     return chosen
+
+
+def _with_console_key(settings: Settings) -> Settings:
+    """The settings with the console key of the local store, where none is set."""
+    from pydantic import SecretStr
+
+    from receiver.local_store import serve_store
+
+    if settings.store is None or settings.console_keys:
+        return settings
+    key = SecretStr(f"me={serve_store.console_key(settings.store)}")
+    return settings.model_copy(update={"console_keys": (key,)})
 
 
 def _announce(settings: Settings, asks_provider: bool) -> None:

@@ -16,11 +16,15 @@ import fcntl
 import json
 import os
 import secrets
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import select
 
 from receiver.base.config import Settings
 from receiver.local_store.seaweed import (
@@ -35,11 +39,14 @@ from receiver.local_store.seaweed import (
     pick_ports,
     weed_binary,
 )
+from storage.database.sessions import Database
 from storage.database.turnstile import who_holds
 from storage.database.urls import normal_url, place
-from storage.errors import UserError
+from storage.errors import DatabaseUnavailable, UserError
 from storage.local_folder import LocalFolder
 from storage.own_files import FILE_MODE, final, is_shared, open_own
+from storage.rows.models import Asset
+from storage.states import AssetState
 
 LOCK_INTERVAL_SECONDS = 0.2
 STRANGER_SECONDS = 30.0  # the limit of the database's lock; a server whose receiver was killed ends within 2 s
@@ -91,12 +98,37 @@ def running(settings: Settings, *, borrows: bool = True) -> Iterator[bool]:
         yield False
         return
     with _named(settings.store):
+        _refuse_typo(settings)
         server = _started(settings.store.absolute(), settings.s3_bucket, _database(settings), borrows)
     try:
         yield server is not None
     finally:
         if server is not None:
             server.stop()
+
+
+def _refuse_typo(settings: Settings) -> None:
+    """Refuse to begin an empty store for a database whose files are in another one. `mkdir` says that it is meant."""
+    assert settings.store is not None
+    if any((settings.store / name).exists() for name in ("store.json", "s3")) or not _has_files(settings):
+        return
+    new = shlex.quote(str(settings.store / "s3"))
+    raise StoreFailed(f"RECEIVER_STORE: there is no store in {settings.store}, and the files of {_database(settings)} "
+                      f"are in another: correct the folder, or run `mkdir -p {new}` for a new one")  # fmt: skip
+
+
+def _has_files(settings: Settings) -> bool:
+    """Whether the database says that files are archived. False if it cannot tell, which others report."""
+    database = Database(settings.database_url.get_secret_value())
+    if database.is_sqlite and not Path(database.url.database or "").is_file():
+        return False
+    try:
+        with database.read() as session:
+            return session.exec(select(Asset.id).where(Asset.state == AssetState.ARCHIVED).limit(1)).first() is not None
+    except (DatabaseUnavailable, DBAPIError):
+        return False
+    finally:
+        database.close()
 
 
 def other_database(settings: Settings) -> str | None:

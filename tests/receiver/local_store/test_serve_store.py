@@ -25,11 +25,13 @@ from receiver.local_store.seaweed import GRPC_OFFSET, is_free
 from receiver.sandbox import Knobs, Sandbox
 from storage.database.sessions import Database
 from storage.operations import heartbeats
+from storage.states import AssetState
 from tests.command_line import CommandLine, Done
 from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import free_port
 from tests.receiver.local_store.test_seaweed import LOOPBACK, linux_only, listening
+from tests.rows import new_assets
 
 LINK = re.compile(rb"http://127.0.0.1:[0-9]+/console/login\?once=[\w.-]+")
 ASK = ("submit", "--store", "kept", "--model-name", "kling-image-o1", "--prompt", "a boat")
@@ -286,6 +288,20 @@ def folders(receiver: CommandLine) -> Folders:
     home = replace(receiver, variables={**receiver.variables, "RECEIVER_STORE": str(store)})
     assert home("migrate").code == 0
     return Folders(home, replace(home, folder=elsewhere))
+
+
+@pytest.mark.parametrize("words", [("audit",), ("check",), ("serve",)], ids=" ".join)
+def test_a_misspelt_folder_makes_no_new_store_for_a_database_with_files(
+    folders: Folders, words: tuple[str, ...]
+) -> None:
+    home = folders.home
+    database = Database(f"sqlite:///{home.folder}/receiver.db")
+    new_assets(database, 1, state=AssetState.ARCHIVED, key="2026/a.png")
+    database.close()
+    done = home(*words, RECEIVER_STORE="kpet")
+    assert (done.code, done.out) == (1, "")
+    assert "there is no store in kpet, and the files of" in done.err and "mkdir -p kpet/s3" in done.err
+    assert not (home.folder / "kpet").exists()
 
 
 def test_a_command_from_another_folder_names_the_database_of_the_store(folders: Folders) -> None:
