@@ -51,8 +51,8 @@ MUTATIONS = (
     Mutation(
         "no lease check in settle",
         "storage/rows/claims.py",
-        'table.c.lease == bindparam("held"))',
-        '(table.c.lease == bindparam("held")) | (table.c.id == bindparam("row_id")))',
+        "update(model.__table__).where(*same)",
+        "update(model.__table__).where(same[0] & (same[0] | same[-1]))",
     ),
     Mutation(
         "answered before the commit",
@@ -72,8 +72,8 @@ MUTATIONS = (
     Mutation(
         "no task lock before an asset is settled",
         "storage/rows/tasks.py",
-        "_STANDING = _STANDING.with_for_update()",
-        "_STANDING = _STANDING.limit(1)",
+        "_LOCKED_ROW = _LOCKED_ROW.with_for_update()",
+        "_LOCKED_ROW = _LOCKED_ROW.limit(1)",
         # Not the campaign, which may miss it: two processes seldom settle the last files of a task at the same time.
         f"{CAMPAIGNS}::test_exactly_one_of_two_pictures_settled_at_once_is_the_last",
     ),

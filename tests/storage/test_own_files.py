@@ -39,7 +39,7 @@ def plant(shared: Path, name: str) -> Path:
 
 
 def enter(path: Path) -> None:
-    with Turnstile(path):
+    with Turnstile(path).turn():
         pass
 
 
