@@ -17,6 +17,7 @@ from sqlmodel import Session, col, select
 from receiver.providers.base import Provider
 from receiver.tasks.allowance import Allowance
 from storage import states
+from storage.accounts.rate_limit import READS_PER_SECOND, ReadRateLimit
 from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import LostClaim, ReportUnreadable
@@ -25,7 +26,7 @@ from storage.rows.deliveries import AWAITS_READ, NOT_BELIEVED, compare_again
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, TaskColumns
 from storage.rows.task_conditions import is_dismissed
-from storage.states import ArchiveState, AssetName, CallbackState, Report, Step, TaskFacts, TaskState
+from storage.states import ArchiveState, AssetName, CallbackState, Next, Report, Step, TaskFacts, TaskState
 
 log = structlog.get_logger()
 
@@ -38,6 +39,10 @@ BATCH = 16
 # An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
+# Reads that unsigned deliveries at the account URL cause, a second and at once: half of an account's. Its holder may
+# know the ids of many tasks, and their reads came before those that later deliveries asked for. The others wait, for at
+# most this long.
+ACCOUNT_READS_PER_SECOND, ACCOUNT_READS_AT_ONCE, ACCOUNT_READS_AHEAD_SECONDS = READS_PER_SECOND / 2, 10, 3_600.0
 # Events of no task, at once and a minute, in each worker process. A thousand of them, by deliveries at the account URL,
 # kept the events of all tasks waiting for minutes at a slow sink.
 MAX_NOBODYS_EVENTS = 10
@@ -123,6 +128,9 @@ class DeliveryApplier:
         self._providers = providers
         self._schedule = schedule
         self._confirmation = confirmation
+        self._account_reads = ReadRateLimit(
+            database, per_second=ACCOUNT_READS_PER_SECOND, patience_seconds=ACCOUNT_READS_AHEAD_SECONDS
+        )
         self._nobodys_events = Allowance(MAX_NOBODYS_EVENTS / 60, MAX_NOBODYS_EVENTS)
 
     def work(self, row: Callback) -> None:
@@ -220,6 +228,21 @@ class DeliveryApplier:
         reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
+    def _read_in_turn(self, session: Session, task: TaskColumns) -> bool:
+        """Make the locked task due for a read at the next moment that is free for the account's URL, or as it is due
+        already. A step under way, and the end of an archive, are not put off. Returns the same as `_read_now`.
+        """
+        if task.lease is not None or task.step not in (None, Step.READ):
+            return self._read_now(session, task)
+        if task.callback_reads >= MAX_READS_PER_TASK:
+            return reports.waits_for(session, task, states.READ_NOW)
+        ahead = self._account_reads.reserve(session, f"{task.provider} account URL", unless_by=task.due_at)
+        seconds = max(ahead - ACCOUNT_READS_AT_ONCE / ACCOUNT_READS_PER_SECOND, 0)
+        if not reports.waits_for(session, task, Next(Step.READ, seconds)):
+            task.callback_reads += 1
+            reports.reschedule(session, task, self._schedule, read_in=seconds)
+        return True
+
     def _apply_or_request_read(self, session: Session, row: Callback, task: TaskColumns, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
@@ -267,10 +290,10 @@ class DeliveryApplier:
         is_unknown = report.status is None and task.state not in states.TERMINAL
         if not is_unknown and not is_doubted and _is_known(facts, report, confirmed=False):
             return KNOWN if report.status in states.TERMINAL and states.agrees(facts, report) else NO_NEWS
-        if not self._read_now(session, task):
+        if not self._read_in_turn(session, task):
             if not is_doubted:
                 return NOT_READ
-            reports.reschedule(session, task, self._schedule, read_later=True)
+            reports.reschedule(session, task, self._schedule, read_in=self._schedule.poll_after_seconds)
         return AWAITS_READ
 
     def _request_read_for_files(
@@ -290,7 +313,7 @@ class DeliveryApplier:
             return Verdict(CallbackState.APPLIED, DECIDED)
         task.note = f"an unsigned delivery names another file for {words}; the task is read at the provider"
         if not self._read_now(session, task, is_counted=not is_first):
-            reports.reschedule(session, task, self._schedule, read_later=True)
+            reports.reschedule(session, task, self._schedule, read_in=self._schedule.poll_after_seconds)
         return Verdict(CallbackState.APPLIED, task.note)
 
     def _request_read(self, session: Session, task: TaskColumns, report: Report, reason: str) -> Verdict:

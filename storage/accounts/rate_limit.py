@@ -7,7 +7,7 @@ read_limit.wait(account) ─▶ row locked ─▶ next_free_at = max(now, next_f
 from __future__ import annotations
 
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlmodel import Session, select
 
@@ -46,21 +46,24 @@ class ReadRateLimit:
         when the moment is too far ahead, and `DatabaseUnavailable`.
         """
         with self._database.write() as session:
-            seconds = self._reserve(session, account)
+            seconds = self.reserve(session, account)
         if seconds > self._patience_seconds:
             raise TooManyReads("the account's rate limit of reads is exhausted", after=seconds)
         if seconds > 0:
             time.sleep(seconds)
 
-    def _reserve(self, session: Session, account: str) -> float:
-        """Seconds until the next free moment, which is reserved unless it is too far ahead."""
+    def reserve(self, session: Session, account: str, *, unless_by: datetime | None = None) -> float:
+        """Seconds until the next free moment, in the caller's transaction.
+
+        It is reserved unless it is more than the patience ahead, or a read is planned by then (`unless_by`).
+        """
         row = self._lock(session, account)
         now = session.execute(select(db_now())).scalar_one()
         # A moment further ahead was reserved while the clock was wrong. Waiting for it would stop all reads until then.
         furthest = now + timedelta(seconds=self._patience_seconds) + self._interval
         start = max(row.next_free_at, now) if row.next_free_at <= furthest else now
         seconds: float = (start - now).total_seconds()
-        if seconds <= self._patience_seconds:
+        if seconds <= self._patience_seconds and not (unless_by and unless_by <= start):
             row.next_free_at = start + self._interval
         return seconds
 

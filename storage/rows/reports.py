@@ -239,14 +239,14 @@ def read_soon(session: Session, task: TaskColumns) -> bool:
 
 
 def reschedule(
-    session: Session, task: TaskColumns, schedule: Schedule, *, read_now: bool = False, read_later: bool = False
+    session: Session, task: TaskColumns, schedule: Schedule, *, read_now: bool = False, read_in: float | None = None
 ) -> None:
     """Set the next step of the locked task from its current rows.
 
     Only its own step settles a create: a create that waits becomes due at once, unless it waits for slots; a create
     under way is left to its owner. A read or a finish under way started from rows that have changed since: its claim is
     removed, so that it settles nothing, and the step is due again. A read that is due earlier than the next one keeps
-    its time. `read_later`: a read comes first, at the time of a task's first poll. A deleted task waits for nothing.
+    its time. `read_in`: a read comes first, in so many seconds. A deleted task waits for nothing.
     """
     if task.step is Step.CREATE and task.deleted_at is None:
         if task.lease is None and task.queued_at is None:
@@ -255,8 +255,8 @@ def reschedule(
     following = states.next_step(tasks.facts_now(session, task), schedule.poll_delay(task.polls))
     if task.deleted_at is not None:
         following = Next()
-    elif read_later:
-        following = Next(Step.READ, schedule.poll_after_seconds)
+    elif read_in is not None:
+        following = Next(Step.READ, read_in)
     elif read_now or (task.lease is not None and following.step is task.step is Step.READ):
         following = states.READ_NOW
     if read_now or not waits_for(session, task, following):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import uuid
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlmodel import col, update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
@@ -14,6 +17,7 @@ from receiver.tasks.operate import Operator
 from storage.filters import DeliveryFilter
 from storage.operations import lists
 from storage.rows import tasks
+from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, CallbackState, TaskState
 from tests.harness import wait_until
@@ -112,6 +116,42 @@ def test_a_delivery_is_called_confirmed_only_if_the_read_agrees(
     ]
     assert told.BY_READ in shown_with(parts, task) and (told.OTHERWISE in shown_with(parts, task)) is at_own_url
     assert not is_read_now(parts, task) and task_of(parts, task.external_task_id).callback_reads <= 1
+
+
+@BOTH
+def test_reads_that_the_account_url_causes_leave_room_for_others(parts: Parts) -> None:
+    """One forged delivery for each of 150 tasks delayed another task's read by 30 s."""
+
+    def due_times() -> dict[str, datetime | None]:
+        return {each: task_of(parts, each).due_at for each in ids}
+
+    at_once = told.ACCOUNT_READS_AT_ONCE
+    ids = [insert_row(parts, external_task_id=f"known{number}").external_task_id for number in range(8 * at_once)]
+    bodies = [json.dumps(body("failed", **info(each))).encode() for each in ids]
+    started = parts.database.now()
+    with parts.database.write() as session:
+        store(session, [Delivery("kling", "push", None, each) for each in bodies])
+    run(parts, "callbacks")
+    times, ended = due_times(), parts.database.now()
+    *first, before_last, last = sorted(ids, key=lambda each: times[each] or LONG_AGO)
+    assert all(is_read_now(parts, task_of(parts, each)) for each in first[:at_once])
+    waits = timedelta(seconds=7 * at_once / told.ACCOUNT_READS_PER_SECOND)
+    assert started + waits - timedelta(seconds=1) < (times[last] or started) <= ended + waits
+    for each in (before_last, last):
+        deliver(parts, None, body("processing", **info(each)))
+    assert due_times() == times, "a read that is planned is neither planned again nor made earlier"
+    deliver(parts, task_of(parts, last), body("failed"))
+    assert [is_read_now(parts, task_of(parts, each)) for each in (before_last, last)] == [False, True]
+
+
+def test_a_read_under_way_is_not_put_off_by_the_account_url(parts: Parts) -> None:
+    known = [insert_row(parts, external_task_id=f"known{number}") for number in range(told.ACCOUNT_READS_AT_ONCE + 2)]
+    for each in known[:-1]:
+        deliver(parts, None, body("failed", **info(each.external_task_id)))
+    with parts.database.write() as session:
+        session.execute(update(Task).where(col(Task.id) == known[-1].id).values(lease=uuid.uuid4()))
+    deliver(parts, None, body("failed", **info(known[-1].external_task_id)))
+    assert is_read_now(parts, known[-1])
 
 
 def test_a_delivery_that_repeats_what_is_known_causes_no_read(parts: Parts) -> None:

@@ -22,10 +22,10 @@ from tests.unreported_tasks import REQUEST, queries, submit
 def test_free_moments_are_one_interval_apart(database: Database) -> None:
     limit = ReadRateLimit(database, per_second=0.1, patience_seconds=25)
     with database.write() as session:
-        waits = [limit._reserve(session, "kling") for _ in range(4)]
+        waits = [limit.reserve(session, "kling") for _ in range(4)]
     assert [round(seconds / 10) for seconds in waits] == [0, 1, 2, 3]
     with database.write() as session:
-        assert limit._reserve(session, "another") == 0
+        assert limit.reserve(session, "another") == 0
 
 
 def test_moment_too_far_ahead_is_not_reserved(database: Database) -> None:
@@ -44,7 +44,7 @@ def test_moment_reserved_by_a_clock_that_was_ahead_stops_no_reads(database: Data
     with database.write() as session:
         session.execute(update(ProviderRate).values(next_free_at=db_now(86_400.0)))
     with database.write() as session:
-        waits = [limit._reserve(session, "kling") for _ in range(2)]
+        waits = [limit.reserve(session, "kling") for _ in range(2)]
     assert waits[0] == 0 and 0 < waits[1] <= 0.2, "and the rate holds again"
 
 
@@ -57,7 +57,7 @@ def test_processes_share_one_rate(database_url: str) -> None:
     def take(limit: ReadRateLimit) -> None:
         for _ in range(5):
             with limit._database.write() as session:
-                waits.append(limit._reserve(session, "kling"))
+                waits.append(limit.reserve(session, "kling"))
 
     threads = [threading.Thread(target=take, args=(limit,)) for limit in limits for _ in range(2)]
     for thread in threads:
