@@ -145,7 +145,7 @@ def test_reads_that_the_account_url_causes_leave_room_for_others(parts: Parts) -
 
 
 def test_a_read_under_way_is_not_put_off_by_the_account_url(parts: Parts) -> None:
-    known = [insert_row(parts, external_task_id=f"known{number}") for number in range(told.ACCOUNT_READS_AT_ONCE + 2)]
+    known = [insert_row(parts, external_task_id=f"known{number}") for number in range(told.ACCOUNT_READS_AT_ONCE + 8)]
     for each in known[:-1]:
         deliver(parts, None, body("failed", **info(each.external_task_id)))
     with parts.database.write() as session:
