@@ -44,7 +44,9 @@ class Knobs(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     seed: int = Field(
-        default=1, description="Seed of every random choice, ids and pictures included; read at start and reset."
+        default=1,
+        description="Seed of every random choice, ids and pictures included; read at start and reset. "
+        "`receiver sandbox` draws one at each start.",
     )
     allow_remote_host: bool = Field(default=False, description="Allow listening on an address outside loopback.")
     allow_remote_callbacks: bool = Field(default=False, description="Allow callback URLs whose host is not loopback.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,7 +71,9 @@ def sandbox(
         "allow_remote_callbacks": allow_remote_callbacks or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    _run_sandbox(host, port, _knobs({"callback_tries": CALLBACK_TRIES, **given, **_pairs(knob or [])}))
+    # A receiver keeps the ids of earlier tasks, so those of this start must differ.
+    own = {"callback_tries": CALLBACK_TRIES, "seed": secrets.randbelow(2**31)}
+    _run_sandbox(host, port, _knobs({**own, **given, **_pairs(knob or [])}))
 
 
 def _print_knobs() -> None:
@@ -125,7 +128,7 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
         say(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes a free port", err=True)
         raise typer.Exit(1) from None
     try:
-        say(f"provider  {server.url}", f"API key   {server.api_key}", "")
+        say(f"provider  {server.url}", f"API key   {server.api_key}", f"seed      {knobs.seed}", "")
         say("For a receiver beside it, paste this into its shell or .env; the bucket's settings are yours:", "")
         for name, value in _settings(server, knobs).items():
             say(f"export {name}={value}")
@@ -140,8 +143,6 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
 
 def _settings(server: Sandbox, knobs: Knobs) -> dict[str, str]:
     """The settings of a receiver that uses this sandbox as its provider."""
-    import secrets
-
     settings = {
         "RECEIVER_KLING_BASE_URL": server.url,
         "RECEIVER_KLING_API_KEY": server.api_key,

@@ -14,7 +14,7 @@ from receiver.app import checks
 from receiver.app.findings import Status
 from receiver.app.wiring import Parts
 from receiver.base import config
-from receiver.sandbox import Sandbox
+from receiver.sandbox import Knobs, Sandbox
 from tests.command_line import CommandLine
 from tests.forked import Forked
 from tests.harness import wait_until
@@ -118,6 +118,7 @@ def test_the_sandbox_of_the_command_line_waits_for_a_receiver_that_is_starting(r
         knobs = httpx.get(f"{out.read_text().split()[1]}/sandbox/knobs").json()
         patience = knobs["callback_backoff_seconds"] * (2 ** (knobs["callback_tries"] - 1) - 1)
         assert patience > 20
+        assert knobs["seed"] != Knobs().seed  # a receiver knows the ids of earlier starts
     finally:
         process.kill()
         process.wait()
