@@ -27,6 +27,7 @@ from receiver.app.jobs import mend_due_times
 from receiver.app.wiring import Parts
 from receiver.base.collector import collector_paused, spare_imports
 from receiver.base.config import Settings
+from receiver.base.setting_faults import LOOPBACK_HOSTS
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from receiver.workers.supervisor import Supervisor, SupervisorProcess
 from receiver.workers.worker import TooFewThreads
@@ -37,6 +38,7 @@ from storage.errors import DatabaseUnavailable, UserError
 from storage.own_files import narrow
 from storage.rows import migrations
 from storage.spool import sweep
+from storage.url_parts import split_url
 
 log = structlog.get_logger()
 
@@ -154,6 +156,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     await_schema(parts.database, migrate=settings.migrates_on_start)
     BoundedHttpProtocol.max_connections = fit_descriptors()
     sockets = listen(settings.host, settings.port)
+    warn_of_other_port(settings.public_url, sockets[0].getsockname()[1])
     narrow_files(parts)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
     if settings.store:
@@ -219,6 +222,14 @@ def listen(host: str, port: int) -> list[socket.socket]:
     if not sockets:
         raise ListenFailed(f"cannot listen on {host}:{port}: {reason}; choose another with --host and --port")
     return sockets
+
+
+def warn_of_other_port(public_url: str | None, port: int) -> None:
+    """Warn if callbacks go to this machine's loopback and another port. Only a proxy there brings them here."""
+    url = split_url(public_url or "")
+    wanted = url.port or (443 if url.scheme == "https" else 80)
+    if url.hostname in LOOPBACK_HOSTS and wanted != port:
+        log.warning("start.callbacks_misdirected", public_url=public_url, port=port)
 
 
 def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:

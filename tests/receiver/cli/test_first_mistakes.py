@@ -18,6 +18,8 @@ from receiver.sandbox import Knobs, Sandbox
 from tests.command_line import CommandLine
 from tests.forked import Forked
 from tests.harness import wait_until
+from tests.pipeline import free_port
+from tests.receiver.cli.test_plain_faults import serving
 
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
 
@@ -122,3 +124,14 @@ def test_the_sandbox_of_the_command_line_waits_for_a_receiver_that_is_starting(r
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(("public_port", "is_warned"), [(8000, True), (None, False)], ids=["other", "own"])
+def test_serve_warns_of_a_public_url_that_is_another_port_of_this_machine(
+    ready: CommandLine, public_port: int | None, is_warned: bool
+) -> None:
+    port = free_port()
+    ready.variables["RECEIVER_CALLBACK_SECRETS"] = "a-callback-secret-of-more-than-32-characters"
+    ready.variables["RECEIVER_PUBLIC_URL"] = f"http://127.0.0.1:{public_port or port}"
+    with serving(ready, "--port", str(port)) as (_, log):
+        assert ("start.callbacks_misdirected" in log.read_text()) is is_warned
