@@ -86,5 +86,11 @@ def _words(value: object) -> str:
 
 
 def _own_folder() -> Path:
-    """A folder below the system's temporary folder that only this user can open."""
-    return Path(tempfile.gettempdir()) / f"receiver-thumbnails-{os.getuid()}"
+    """A folder below the system's temporary folder that only this user can open. Where no folder of that kind can be
+    written, as on a read-only root, it cannot be made, and no thumbnail is kept.
+    """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        folder = "/tmp"  # noqa: S108 - nothing can be written there
+    return Path(folder) / f"receiver-thumbnails-{os.getuid()}"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from receiver.app.console_parts import make_console
 from receiver.app.process import await_schema, web_config
+from receiver.app.wiring import Parts
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats
@@ -80,3 +83,13 @@ def test_server_keeps_connections_longer_than_clients() -> None:
     assert named is not None
     assert int(named[1]) < ours
     assert ours > 90  # Traefik's own default; nginx and AWS 60 s, Java's HttpClient 30 s
+
+
+def test_console_starts_without_a_temporary_folder(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a read-only root. No thumbnail is kept then."""
+
+    def none_found() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none_found)
+    assert make_console(parts) is not None
