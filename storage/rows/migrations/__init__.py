@@ -70,6 +70,7 @@ def upgrade(database: Database, revision: str = "head") -> None:
     try:
         with database.write_schema() as session:
             if not database.is_sqlite:
+                session.execute(text("SET LOCAL statement_timeout = 0"))  # a step of a large table takes minutes
                 session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
             config = Config()
             config.set_main_option("script_location", str(FOLDER))

@@ -235,3 +235,16 @@ def test_an_unreachable_database_is_unavailable() -> None:
     for ask in (migrations.current, migrations.upgrade):
         with pytest.raises(DatabaseUnavailable):
             ask(away)
+
+
+@pytest.mark.databases("postgresql")
+def test_a_roles_limit_of_statements_does_not_end_the_migration(empty: Database, empty_database_url: str) -> None:
+    limited = Database(f"{empty_database_url}?options=-cstatement_timeout%3D500ms")
+    with ThreadPoolExecutor(1) as threads:
+        with empty.write() as session:
+            session.execute(text(f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK})"))
+            migrated = threads.submit(migrations.upgrade, limited)
+            session.execute(text("SELECT pg_sleep(1)"))
+        migrated.result()
+    limited.close()
+    assert migrations.current(empty) == migrations.head()
