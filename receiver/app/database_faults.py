@@ -12,7 +12,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
 from storage.database.free_space import MIN_FREE_SHARE
-from storage.database.outages import AT_FAULT, NO_PRIVILEGE, words
+from storage.database.outages import AT_FAULT, NO_OPTIONS, NO_PRIVILEGE, words
 from storage.database.sessions import Database
 from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, FileChanged, UserError
@@ -20,7 +20,8 @@ from storage.errors import DatabaseUnavailable, FileChanged, UserError
 # The refusal of a connection has no SQLSTATE, so PostgreSQL's message text decides.
 FOR_GOOD = re.compile(
     r"FATAL:.*(?:(?:role|database) \".*\" does not exist|password authentication failed|no pg_hba.conf entry"
-    r"|permission denied for database|is not permitted to log in)|server does not support SSL|invalid \w+ value",
+    r"|permission denied for database|is not permitted to log in)|server does not support SSL|invalid \w+ value"
+    rf"|{NO_OPTIONS}",
     re.DOTALL,
 )
 

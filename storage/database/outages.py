@@ -17,11 +17,15 @@ log = structlog.get_logger()
 
 MAX_WORDS_CHARS = 300
 # Faults that an administrator repairs or that pass, by the first characters of SQLSTATE (PostgreSQL, appendix A):
-# authorization, database name, a statement prepared before a schema change (or one that another product lacks),
-# privileges, read-only, resources, an operator's intervention, system and internal errors. The driver's classes mix
-# them with our own faults. A role without USAGE on the schema is told that the table does not exist (42P01).
-AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "XX")
-NO_PRIVILEGE, NO_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
+# authorization, names of a database and a schema, a statement prepared before a schema change (or one that another
+# product lacks), privileges, read-only, resources, an operator's intervention, system and internal errors. The
+# driver's classes mix them with our own faults. A role without USAGE on the schema is told that the table does not
+# exist (42P01).
+AT_FAULT = ("28", "3D", "3F", "0A000", "42501", "42P01", "25006", "53", "57", "58", "XX")
+NO_PRIVILEGE, NO_TABLE, LOCK_TIMEOUT, NO_SCHEMA = "42501", "42P01", "55P03", "3F000"
+# PgBouncer's refusal of a URL with `options`.
+NO_OPTIONS = "unsupported startup parameter"
+SEARCH_PATH = re.compile(r"search_path ?= ?([^ ,]+)")
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
 NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # messages of SQLite
@@ -70,6 +74,14 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
     if state == LOCK_TIMEOUT:
         return (
             "; another session holds the lock: pg_stat_activity and pg_blocking_pids() name it, wait for it or end it"
+        )
+    if state == NO_SCHEMA:
+        named = SEARCH_PATH.search(str(url.query.get("options", "")))
+        return f"; run CREATE SCHEMA {named[1] if named else '…'}, or correct the search_path"
+    if NO_OPTIONS in said:
+        return (
+            "; let PgBouncer ignore it (ignore_startup_parameters = options) and set the search_path by "
+            "ALTER ROLE … SET search_path, or leave `options` out of the URL"
         )
     role = '"{}"'.format((url.username or "ROLE").replace('"', '""'))
     if denied := DENIED.match(said):

@@ -79,6 +79,27 @@ def test_direct_url_without_postgresql_is_refused(receiver: CommandLine, databas
     assert done.err.startswith("RECEIVER_DATABASE_DIRECT_URL: ")
 
 
+SEARCH_PATH = "?options=-csearch_path%3Dpics"
+
+
+def test_a_schema_that_does_not_exist_is_named_in_one_line(receiver: CommandLine, postgres: Postgres) -> None:
+    with psycopg.connect(postgres.url(), autocommit=True) as server:
+        server.execute("CREATE DATABASE bare")
+    try:
+        done = receiver("migrate", RECEIVER_DATABASE_URL=postgres.url("bare") + SEARCH_PATH)
+    finally:
+        postgres.drop_database("bare")
+    assert (done.code, done.err.count("\n"), "run CREATE SCHEMA pics" in done.err) == (1, 1, True), done.err
+
+
+@NEEDED
+def test_options_that_a_pooler_refuses_are_named_with_its_setting(receiver: CommandLine, pooled_url: str) -> None:
+    done = receiver("status", RECEIVER_DATABASE_URL=pooled_url + SEARCH_PATH)
+    code, said = lines(receiver, RECEIVER_DATABASE_URL=pooled_url + SEARCH_PATH)
+    assert (done.code, code, "can be reached" in said) == (1, 1, False)
+    assert all("ignore_startup_parameters = options" in each for each in (done.err, said))
+
+
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
 def test_a_database_that_does_not_hold_every_text_is_refused(
     encoding: str, receiver: CommandLine, postgres: Postgres
