@@ -142,7 +142,8 @@ def of_workers(parts: Parts, results: Sequence[Result], started_store: bool) -> 
     if not {"bucket", "database"} <= good or not (alive := heartbeats.count_alive(parts.database)):
         return
     if started_store:
-        line = f"the store ran for this check alone, and {alive} workers are alive without it: they archive nothing"
+        workers = counted(alive, "worker is alive", "workers are alive")
+        line = f"the store ran for this check alone, and {workers} without it: nothing is archived"
         yield Result("bucket: workers", Status.FAULT, line, f"end them, and start `{start_command(parts.settings)}`")
         return
     told = or_(col(Asset.error).startswith("the store at "), col(Asset.error).startswith("no credentials for "))

@@ -194,7 +194,7 @@ def test_a_second_server_on_the_same_store_is_refused(seen: Seen) -> None:
 
 
 def test_check_tells_that_workers_are_without_the_store_that_it_started(seen: Seen) -> None:
-    words = "the store ran for this check alone, and 1 workers are alive without it"
+    words = "the store ran for this check alone, and 1 worker is alive without it"
     assert (words in seen.checked.out, words in seen.checked_beside.out) == (True, False)
 
 
