@@ -119,7 +119,9 @@ class _PoolTransport(httpx.BaseTransport):
         )
         answer = self._pool.handle_request(sent)
         stream = _Stream(answer)
-        return httpx.Response(answer.status, headers=answer.headers, stream=stream, extensions=answer.extensions)
+        # httpx parses a Location even where none is followed, and raises errors of its own for a malformed one.
+        headers = [each for each in answer.headers if each[0].lower() != b"location"]
+        return httpx.Response(answer.status, headers=headers, stream=stream, extensions=answer.extensions)
 
     def close(self) -> None:
         self._pool.close()
