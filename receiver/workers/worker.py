@@ -101,7 +101,7 @@ class Worker:
         self._full_claims = Counter[str]()
         self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
-        self._refused: RuntimeError | None = None  # by the system: a thread for claimed rows
+        self._refused: RuntimeError | None = None  # by the system: a thread
 
     def stop(self) -> None:
         """Claim no more rows. Those in hand may finish within the grace time."""
@@ -132,9 +132,11 @@ class Worker:
             for thread in [*threads, *feeders]:
                 thread.start()
         except RuntimeError as error:
-            raise TooFewThreads(RAISE_THE_LIMIT.format(error)) from error
+            self._refused = error
+            self.stop()  # what the others have claimed is released below
         for thread in feeders:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         try:
             self._drain()
         except DatabaseUnavailable as error:

@@ -129,6 +129,33 @@ def test_worker_without_a_thread_for_its_rows_ends_and_gives_them_back(
 
 
 @pytest.mark.databases("sqlite")
+def test_worker_without_a_thread_for_a_lane_gives_back_what_the_others_hold(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six such starts would have parked an honest row."""
+    start, begun, ended = threading.Thread.start, threading.Event(), threading.Event()
+
+    def few(thread: threading.Thread) -> None:
+        if thread.name == "feed-second":
+            assert begun.wait(20)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def lasts(_: object) -> None:
+        begun.set()
+        ended.wait(20)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    (asset,) = new_assets(database, 1)
+    lanes = [assets_lane(lasts), Lane("second", Task, lasts, 1)]
+    with pytest.raises(worker.TooFewThreads, match="can't start new thread: raise the limit"):
+        Worker(database, lanes, lease_seconds=60, grace_seconds=0).run()
+    assert stored(database, asset)["lease"] is None and stored(database, asset)["losses"] == 0
+    ended.set()
+    wait_until(lambda: not any(each.name.startswith("assets_") for each in threading.enumerate()))
+
+
+@pytest.mark.databases("sqlite")
 def test_thread_works_on_the_rows_for_which_no_other_can_be_started(
     database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
