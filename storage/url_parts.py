@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -27,6 +28,7 @@ def split_url(url: str) -> SplitResult:
 
 # A URL's scheme, and the rest without user name and query. Line ends in a URL are ignored, as every client does.
 _URL = re.compile(r"[\x00-\x20]*(https?):(?://)?(?:[^/?#]*@)?([^?#]*)", re.I)
+_URL_IN_TEXT = re.compile(r"(https?://[^\s\"'<>?]*+\?)[^\s\"'<>]+", re.I)
 _LINE_ENDS = dict.fromkeys(map(ord, "\t\r\n"))
 _ESCAPE = re.compile(r"\\(?:u003|x3)", re.I)
 _QUESTION = re.compile(r"\?[^\s\"'<>\\]")
@@ -76,13 +78,18 @@ def without_queries(foreign: str) -> str:
     return _PARAMETER.sub(r"\1…", _WORD.sub(_without_query, foreign))
 
 
-def values_without_queries(value: Any) -> Any:
-    """`value`, as parsed from JSON, with all texts and names `without_queries`."""
+def urls_without_queries(own: str) -> str:
+    """A caller's own text without the queries of its http(s) URLs. All else is kept: a prompt may say `token=gold`."""
+    return _URL_IN_TEXT.sub(r"\1…", own) if "://" in own else own
+
+
+def values_without_queries(value: Any, cut: Callable[[str], str] = without_queries) -> Any:
+    """`value`, as parsed from JSON, with all texts and names after `cut`."""
     if isinstance(value, dict):
-        return {without_queries(name): values_without_queries(inner) for name, inner in value.items()}
+        return {cut(name): values_without_queries(inner, cut) for name, inner in value.items()}
     if isinstance(value, list):
-        return [values_without_queries(inner) for inner in value]
-    return without_queries(value) if isinstance(value, str) else value
+        return [values_without_queries(inner, cut) for inner in value]
+    return cut(value) if isinstance(value, str) else value
 
 
 def _without_query(found: re.Match[str]) -> str:

@@ -37,7 +37,7 @@ from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState, CallbackState
-from storage.url_parts import address_of, may_hold_query, values_without_queries
+from storage.url_parts import address_of, may_hold_query, urls_without_queries, values_without_queries
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ FRACTION = re.compile(r'(?:":|[\[,])-?[0-9]+[.e]')
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 # Members with texts of others. Ids and keys, which `rebuild` compares, stay as they are.
-FOREIGN = {"request", "delivery", "error", "note", "notes", "source", "fetched"}
+FOREIGN = {"delivery", "error", "note", "notes", "source", "fetched"}
 
 NOW = db_now()
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
@@ -202,9 +202,8 @@ class Finisher:
 def _dismissal(assets: Sequence[Asset]) -> str | None:
     """The note of a dismissed task whose manifest is written again: each of its files is archived or dismissed."""
     others = [asset for asset in assets if asset.state is not AssetState.ARCHIVED]
-    errors = [asset.error or "" for asset in others if asset.state is AssetState.FAILED]
-    is_dismissed = len(errors) == len(others) and all(error.startswith(DISMISSED) for error in errors)
-    return errors[0] if errors and is_dismissed else None
+    errors = [asset.error or "" if asset.state is AssetState.FAILED else "" for asset in others]
+    return errors[0] if errors and all(error.startswith(DISMISSED) for error in errors) else None
 
 
 def build(
@@ -236,6 +235,7 @@ def build(
         found = _parsed(whole)
         for row in (found, found["task"], *found["assets"]):
             row.update(values_without_queries({name: row[name] for name in row.keys() & FOREIGN}))
+        found["request"] = values_without_queries(found["request"], urls_without_queries)
         dumped = {name: _dump(value, is_ours=False) for name, value in found.items()}
         whole = _members(dumped)
     digest = hashlib.sha256(whole).hexdigest()

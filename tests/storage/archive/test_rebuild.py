@@ -127,7 +127,7 @@ def test_manifest_holds_urls_without_signature() -> None:
 def test_manifest_holds_no_signature_in_any_text_and_ids_as_they_are(parts: Parts, empty: Parts) -> None:
     """An id with a query is a part of each key, and `rebuild` compares it with the folder's name."""
     name = "shop/5?item=3&token=4"
-    request = {**REQUEST, "prompt": "like //h/p?Signature=s3cr3t, a=b"}
+    request = {**REQUEST, "prompt": "like https://h/p?Signature=s3cr3t 3/4?x=3 token=gold"}
     task = parts.submitter.submit(request, external_task_id=name).task
     work_off(parts)
     odd = {"to": "saved to https://h/x?Signature=s3cr3t", "https://h/x?sig=s3cr3t": "url=https%3A%2F%2Fh%3Fx%3Ds3cr3t"}
@@ -140,7 +140,7 @@ def test_manifest_holds_no_signature_in_any_text_and_ids_as_they_are(parts: Part
     members = manifest.read(content)
     assert b"s3cr3t" not in content
     assert (members["delivery"]["body"]["plain"], members["delivery"]["body"]["number"]) == ("a=b?", 1e15)
-    assert members["request"]["prompt"] == "like //h/p?… a=b"
+    assert members["request"]["prompt"] == "like https://h/p?… 3/4?x=3 token=gold"
     assert (members["task"]["external_task_id"], members["assets"][0]["key"]) == (name, assets_of(parts, task)[0].key)
     counts, problems = rebuild(empty)
     assert (counts["tasks"], counts["assets"], problems) == (1, 1, [])
