@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,11 +39,12 @@ class Decoder:
         """A small WebP of a picture. Raises `NoThumbnail`."""
         with self._working:
             try:
-                is_kept = self._process is not None
+                is_kept, began = self._process is not None, time.monotonic()
                 small = self._exchange(content)
-                if small is None and is_kept:  # it had ended, as it does after a rest
+                # A kept process has ended after a rest. Another try of a picture that took too long takes as long.
+                if small is None and is_kept and time.monotonic() - began < DECODE_SECONDS:
                     small = self._exchange(content)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:  # no process, or no thread for the timer
                 raise NoThumbnail(str(error)) from error
         if not small:
             raise NoThumbnail("it cannot be decoded within its bounds")
