@@ -72,11 +72,11 @@ def test_a_picture_that_takes_too_long_is_given_up_and_the_next_is_decoded(monke
     one = Decoder()
     with closing(one):
         one.shrink(picture())  # its process is kept
-        monkeypatch.setattr(decoder, "DECODE_SECONDS", 1.0)
+        monkeypatch.setattr(decoder, "DECODE_SECONDS", 2.0)
         started = time.monotonic()
         with pytest.raises(NoThumbnail):
             one.shrink(slow_jpeg(5_000))  # two minutes
-        assert time.monotonic() - started < 1.9  # one try
+        assert time.monotonic() - started < 3.9  # one try
         monkeypatch.setattr(decoder, "DECODE_SECONDS", 20.0)
         assert one.shrink(picture())[8:12] == b"WEBP"
 
