@@ -237,7 +237,7 @@ def test_an_unreachable_database_is_unavailable() -> None:
             ask(away)
 
 
-@pytest.mark.databases("postgresql")
+@pytest.mark.parametrize("database_kind", ["postgresql"])
 def test_a_roles_limit_of_statements_does_not_end_the_migration(empty: Database, empty_database_url: str) -> None:
     limited = Database(f"{empty_database_url}?options=-cstatement_timeout%3D500ms")
     with ThreadPoolExecutor(1) as threads:
