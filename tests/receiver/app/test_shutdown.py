@@ -21,6 +21,7 @@ from receiver.base.tokens import Tokens
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
+from storage.operations import heartbeats
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import variables
 from tests.forked import Forked
@@ -165,7 +166,7 @@ def test_signals_that_come_while_another_is_handled_end_a_worker_once(
     log = tmp_path / "work.log"
     process = Forked(("work",), {**os.environ, **settings}, tmp_path, out=log)
     try:
-        wait_until(lambda: log.exists() and "worker.started" in log.read_text(), seconds=40)
+        wait_until(lambda: heartbeats.count_alive(parts.database), seconds=40)  # before, it ends silently
         for number in range(2_000):  # Ctrl-C sends one to the group, and the supervisor another to its workers
             process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
         assert process.wait(EXIT_SECONDS / 2) == 0
