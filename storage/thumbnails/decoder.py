@@ -70,7 +70,9 @@ class Decoder:
             process.stdin.write(len(content).to_bytes(LENGTH_BYTES, "big") + content)
             process.stdin.flush()
             if len(head := process.stdout.read(LENGTH_BYTES)) == LENGTH_BYTES:
-                return process.stdout.read(min(int.from_bytes(head, "big"), MAX_THUMBNAIL_BYTES))
+                size = int.from_bytes(head, "big")
+                if size <= MAX_THUMBNAIL_BYTES and len(small := process.stdout.read(size)) == size:
+                    return small
         except BrokenPipeError:
             pass
         finally:

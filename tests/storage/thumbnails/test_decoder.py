@@ -94,6 +94,15 @@ def test_pictures_are_decoded_in_a_bounded_process_that_is_used_again() -> None:
         assert one.shrink(picture())[8:12] == b"WEBP"
 
 
+def test_half_of_an_answer_is_no_thumbnail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that the kernel ends while it answers."""
+    program = tmp_path / "half.py"
+    program.write_text("import os; os.read(0, 99); os.write(1, (9).to_bytes(8, 'big') + b'RIFF')")
+    monkeypatch.setattr(decoder, "PROGRAM", program)
+    with closing(Decoder()) as one, pytest.raises(NoThumbnail):
+        one.shrink(b"picture")
+
+
 class SlowBucket:
     def read_bytes(self, *_: object) -> bytes:
         return slow_jpeg(5_000)
