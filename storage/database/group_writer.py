@@ -91,6 +91,7 @@ class GroupWriter:
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._started: threading.Thread | None = None  # the last one, also while it ends
         self._fault_at = -math.inf
 
     def commit(self, operation: Operation[Result], *, task_id: uuid.UUID | None = None) -> Result:
@@ -135,9 +136,9 @@ class GroupWriter:
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
-                thread = threading.Thread(target=self._run, name="group-writer", daemon=True)
+                thread = threading.Thread(target=self._run, args=(self._started,), name="group-writer", daemon=True)
                 thread.start()
-                self._thread = thread  # started, because `close` joins it
+                self._thread = self._started = thread  # started, because `close` and the next one join it
 
     def _next(self) -> _Write | None:
         try:
@@ -146,7 +147,9 @@ class GroupWriter:
             self._rest()
             return self._waiting.get()
 
-    def _run(self) -> None:
+    def _run(self, before: threading.Thread | None) -> None:
+        if before is not None:  # they would share a session: on PostgreSQL a COMMIT after the other's rollback succeeds
+            before.join()
         while (first := self._next()) is not None:
             group = [first]
             while len(group) < MAX_GROUP and not self._waiting.empty():

@@ -355,6 +355,29 @@ def test_an_operation_after_the_close_is_committed_too(database: Database) -> No
     assert states(database, assets) == [AssetState.ARCHIVED] * 2
 
 
+def test_a_write_that_outlasts_the_close_is_committed_before_the_next_writer_begins(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets, begun, go_on = claimed(database, 2), threading.Event(), threading.Event()
+
+    def settle_slowly(session: Session) -> None:
+        settling(assets[0])(session)
+        begun.set()
+        go_on.wait(SECONDS)
+
+    monkeypatch.setattr(group_writer, "CLOSE_SECONDS", 0)
+    with ThreadPoolExecutor(2) as threads:
+        slow = threads.submit(database.write_in_group, settle_slowly)
+        assert begun.wait(SECONDS)
+        database._group_writer.close()
+        later = threads.submit(database.write_in_group, settling(assets[1]))
+        with pytest.raises(NotYet):
+            later.result(0.3)
+        go_on.set()
+        assert (slow.exception(SECONDS), later.exception(SECONDS)) == (None, None)
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
 def test_a_close_while_the_writer_is_being_started_fails_nothing(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
