@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
 import httpcore
@@ -97,6 +98,12 @@ def dial(host: str, address: str, port: int, timeout: float | None) -> socket.so
     return connection
 
 
+def alternating(addresses: Sequence[Address]) -> list[Address]:
+    """The first MAX_DIALS, IPv6 and IPv4 in turn: one of the two may lead nowhere (RFC 8305 §4)."""
+    ranks = {4: count(), 6: count()}
+    return sorted(addresses, key=lambda each: next(ranks[each.version]))[:MAX_DIALS]
+
+
 class GuardedBackend(httpcore.NetworkBackend):
     """Opens connections for an httpcore pool, only to addresses that `policy` allows.
 
@@ -127,7 +134,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         socket_options: Any = None,
     ) -> GuardedStream:
         """Raises `AddressRefused` if any address is refused: a name with public and private ones is not trusted."""
-        dials = [partial(self._dial, host, str(each)) for each in self.checked(host, port, timeout)[:MAX_DIALS]]
+        dials = [partial(self._dial, host, str(each)) for each in alternating(self.checked(host, port, timeout))]
         if self._tunnel is not None:
             dials = [partial(self._tunnel, host)]
         failure: OSError = ConnectionError("no addresses")

@@ -195,6 +195,14 @@ def test_only_the_allowed_answers_are_dialled_in_their_order() -> None:
         assert recorder.attempts == [("cdn.example.com", expected, 443), ("cdn.example.com", PUBLIC, 443)]
 
 
+def test_many_dead_addresses_of_one_kind_do_not_hide_the_other(host: FileHost) -> None:
+    """A CDN's name has eight addresses of each kind, and a network's IPv6 may lead nowhere."""
+    recorder, sixes = Recorder(), [f"2001:4860:4860::{number}" for number in range(1, 9)]
+    with pytest.raises(FetchInterrupted):
+        fetcher(answers=(*sixes, PUBLIC), dial=recorder).fetch("https://cdn.example.com/a.png", io.BytesIO())
+    assert [address for _, address, _ in recorder.attempts] == [sixes[0], PUBLIC, *sixes[1:3]]
+
+
 NOT_IN_A_HEADER = ("absolute", "control", "surrogate", "international")
 REDIRECTABLE = [url for url, reason in REFUSED_URLS if reason not in NOT_IN_A_HEADER]
 
