@@ -13,6 +13,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from storage.database.postgresql import FACTS, is_pooled, keep_idle
 from storage.database.urls import psycopg_arguments
+from storage.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
     from psycopg import Connection
@@ -66,7 +67,7 @@ class SqliteWaker:
         try:
             while self._seen == (version := self._version()) and time.monotonic() < deadline:
                 self._pause()
-        except (sqlite3.Error, SQLAlchemyError) as error:
+        except (sqlite3.Error, SQLAlchemyError, DatabaseUnavailable) as error:
             if not self._is_lost:
                 log.warning("waker.poll_failed", error=type(error).__name__)
             self._is_lost = True

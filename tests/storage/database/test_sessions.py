@@ -412,6 +412,22 @@ def test_waker_reconnects_after_its_connection_breaks(database: Database) -> Non
     waker.close()
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_waker_goes_on_once_a_file_that_was_away_is_back(database: Database) -> None:
+    """As on a volume that is unmounted for a moment. Its thread would have ended, and the worker only polled."""
+    file = database.files["database"]
+    database.now()
+    database.close()  # so that the waker opens the file again
+    away, waker = file.rename(file.with_suffix(".away")), database.waker()
+    assert waker.wait(0)
+    away.rename(file)
+    waker.wait(0)
+    woke = waiting(waker)
+    announce(database)
+    wait_until(woke, seconds=SECONDS)
+    waker.close()
+
+
 def test_waker_logs_a_missing_sqlite_file_once(tmp_path: Path) -> None:
     folder = tmp_path / "later"
     waker = Database(f"sqlite:///{folder}/receiver.db").waker()
