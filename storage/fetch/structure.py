@@ -8,12 +8,16 @@ dimensions. `storage.fetch.foreign` checks the bytes after the end.
 from __future__ import annotations
 
 import io
-import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from storage.errors import AssetDamaged
 from storage.spool import memory_of
+
+try:
+    from isal.isal_zlib import crc32  # 0.05 ms for 3 MB, zlib's takes 0.69
+except ImportError:  # no wheel for this machine
+    from zlib import crc32
 
 BLOCK_BYTES = 256 * 1024
 # Pillow refuses to open larger pictures by default (twice 89,478,485 pixels).
@@ -89,9 +93,9 @@ class Reader:
         """
         if self._memory is not None and count <= self.left:
             self.at += count
-            return zlib.crc32(self._memory[self.at - count : self.at], before)
+            return crc32(self._memory[self.at - count : self.at], before)
         for block in self.blocks(count):
-            before = zlib.crc32(block, before)
+            before = crc32(block, before)
         return before
 
     def blocks(self, count: int) -> Iterator[bytes]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 
 import pytest
 from hypothesis import given
@@ -227,6 +230,27 @@ def test_png_cut_at_every_chunk_boundary_is_refused() -> None:
     for boundary in (33, *range(33 + 62, len(whole), 62), len(whole) - 12, len(whole) - 4):
         with pytest.raises(AssetDamaged, match="cut short"):
             described(whole[:boundary])
+
+
+@pytest.mark.parametrize("module", ["isal.isal_zlib", "zlib"])
+def test_the_crc_of_a_picture_is_that_of_zlib(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no wheel of isal, zlib's own is used."""
+    monkeypatch.setattr(structure, "crc32", import_module(module).crc32)
+    for length in (1, 63, 64, 65, 4_095, 300_001):
+        data = random.Random(length).randbytes(length)
+        assert described(png(chunk(b"IDAT", data), chunk(b"IEND"))).verified
+        damaged = bytearray(png(chunk(b"IDAT", data), chunk(b"IEND")))
+        damaged[33 + 8 + length // 2] ^= 1
+        with pytest.raises(AssetDamaged, match="wrong CRC in IDAT"):
+            described(bytes(damaged))
+
+
+def test_the_structure_is_checked_without_isal() -> None:
+    words = (
+        "import sys; sys.modules['isal'] = None; from storage.fetch import structure as s; print(s.crc32.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "zlib\n", done.stderr
 
 
 HARMLESS: dict[str, bytes] = {
