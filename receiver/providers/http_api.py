@@ -118,26 +118,31 @@ class _PoolTransport(httpx.BaseTransport):
             request.method, target, headers=request.headers.raw, content=request.stream, extensions=request.extensions
         )
         answer = self._pool.handle_request(sent)
-        stream = _Stream(answer)
+        stream = answer.extensions["network_stream"]
+        assert isinstance(stream, GuardedStream)
+        if stream.body_bytes is None:  # nothing was read since the request: this came behind the chunks of the last one
+            answer.close()
+            raise httpcore.RemoteProtocolError("an answer came before its request")
         # httpx parses a Location even where none is followed, and raises errors of its own for a malformed one.
         headers = [each for each in answer.headers if each[0].lower() != b"location"]
-        return httpx.Response(answer.status, headers=headers, stream=stream, extensions=answer.extensions)
+        body = _Body(answer, stream)
+        return httpx.Response(answer.status, headers=headers, stream=body, extensions=answer.extensions)
 
     def close(self) -> None:
         self._pool.close()
 
 
-class _Stream(httpx.SyncByteStream):
+class _Body(httpx.SyncByteStream):
     """A body. Its connection is kept once all of it was read."""
 
-    def __init__(self, answer: httpcore.Response) -> None:
+    def __init__(self, answer: httpcore.Response, stream: GuardedStream) -> None:
         self._answer = answer
+        self._stream = stream
 
     def __iter__(self) -> Iterator[bytes]:
         yield from self._answer.iter_stream()
-        stream = self._answer.extensions["network_stream"]
-        assert isinstance(stream, GuardedStream)
-        stream.reusable = declared_length(httpx.Headers(self._answer.headers)) in (None, stream.body_bytes)
+        length = declared_length(httpx.Headers(self._answer.headers))
+        self._stream.reusable = length in (None, self._stream.body_bytes)
 
     def close(self) -> None:
         self._answer.close()

@@ -346,6 +346,25 @@ def test_a_connection_is_kept_after_a_complete_answer(server: Scripted, kling: K
     assert places[0] == places[1]
 
 
+@pytest.mark.parametrize("framing", ["Content-Length: 75", "Transfer-Encoding: chunked"])
+def test_an_answer_behind_another_is_not_taken_for_that_of_the_next_request(
+    server: Scripted, kling: Kling, framing: str
+) -> None:
+    """A gateway that answers twice would give the next task the id of this one."""
+
+    def answer_twice(handler: _Answering) -> None:
+        body = json.dumps(OK_TASK).ljust(75).encode()
+        coded = body if "Length" in framing else b"4b\r\n" + body + b"\r\n0\r\n\r\n"
+        handler.wfile.write((f"HTTP/1.1 200 OK\r\n{framing}\r\n\r\n".encode() + coded) * 2)
+
+    server.answer(answer_twice)
+    server.answer({"code": 0, "data": {"task_id": "10", "task_status": "processing"}})
+    assert create(kling).provider_task_id == "9"
+    with contextlib.suppress(Unavailable):
+        assert create(kling).provider_task_id == "10"
+    assert create(kling).provider_task_id == "10"
+
+
 def zeros(megabytes: int) -> bytes:
     """So many MiB of zeros as gzip, made a MiB at a time."""
     coder = zlib.compressobj(9, wbits=31)
