@@ -21,6 +21,7 @@ from typing import Any
 import httpcore
 
 from storage.errors import FetchInterrupted
+from storage.http.tls import TlsSocket
 
 # One read of a body. CPU to fetch 3 MB over loopback grew by half with 256 KiB, and did not shrink with 1 MiB.
 READ_BYTES = 512 * 1024
@@ -131,10 +132,9 @@ class GuardedStream(httpcore.NetworkStream):
     and counted in `junk_lines`. `ended`: whether the last read met the end of the connection.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, tls: TlsSocket | None = None) -> None:
         connection.settimeout(0)
-        self._socket = connection
-        self._is_tls = isinstance(connection, ssl.SSLSocket)
+        self._socket, self._tls = connection, tls
         self._expect_head()
         self.ended = False
 
@@ -176,11 +176,12 @@ class GuardedStream(httpcore.NetworkStream):
 
     def write_body(self, block: memoryview, timeout: float | None = None) -> None:
         while block:
-            block = block[len(self._in_time(WRITE, block[:TLS_WRITE_BYTES] if self._is_tls else block, timeout)) :]
+            block = block[len(self._in_time(WRITE, block[:TLS_WRITE_BYTES] if self._tls else block, timeout)) :]
 
     def _in_time(self, direction: int, buffer: memoryview, timeout: float | None) -> memoryview:
         """Read into `buffer`, or write it, as much as goes at once; wait within the deadline until some does."""
         deadline, (timed_out, broke) = current_deadline(), FAULTS[direction]
+        connection = self._tls or self._socket
         seconds, started = deadline.allow(timeout), time.monotonic()
         wanted = READ if direction == READ and not self._head_bytes else 0  # a response is never there at once
         while True:
@@ -189,20 +190,19 @@ class GuardedStream(httpcore.NetworkStream):
                 if left <= 0:
                     deadline.allow(timeout)
                     raise timed_out
-                ready = select.poll()
-                ready.register(self._socket, wanted)
-                ready.poll(left * 1_000)
+                _wait(self._socket, wanted, left)
             try:
-                count = self._socket.recv_into(buffer) if direction == READ else self._socket.send(buffer)
+                count = connection.recv_into(buffer) if direction == READ else connection.send(buffer)
                 break
-            except (BlockingIOError, ssl.SSLWantReadError):
-                wanted = READ if self._is_tls else direction
+            except BlockingIOError:
+                wanted = direction
+            except ssl.SSLWantReadError:
+                wanted = READ
             except ssl.SSLWantWriteError:
                 wanted = WRITE
             except OSError as error:
                 raise broke(message(error)) from error
         if direction == READ:
-            count += self._more_records(buffer[count:]) if self._is_tls and count else 0
             self.ended = not count
         deadline.moved(count, time.monotonic() - started)
         return buffer[:count]
@@ -210,17 +210,7 @@ class GuardedStream(httpcore.NetworkStream):
     @property
     def has_decrypted_bytes(self) -> bool:
         """Whether OpenSSL holds bytes of a record that was read in part. The socket does not show them."""
-        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
-
-    def _more_records(self, buffer: memoryview) -> int:
-        """Read the TLS records that have already arrived; OpenSSL returns one in a call."""
-        count = 0
-        try:
-            while count < len(buffer) and (more := self._socket.recv_into(buffer[count:])):
-                count += more
-        except OSError:
-            pass  # nothing more yet, or an error that the next read raises again
-        return count
+        return self._tls is not None and self._tls.has_content
 
     def _without_junk(self, head: bytes) -> bytes:
         first, *lines = LINE.findall(head)
@@ -236,8 +226,10 @@ class GuardedStream(httpcore.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> GuardedStream:
         try:
-            self._socket.settimeout(current_deadline().allow(timeout))
-            return GuardedStream(ssl_context.wrap_socket(self._socket, server_hostname=server_hostname))
+            ends = time.monotonic() + current_deadline().allow(timeout)
+            tls = TlsSocket(self._socket, ssl_context, server_hostname)
+            tls.shake_hands(lambda wanted: _wait(self._socket, wanted, ends - time.monotonic()))
+            return GuardedStream(self._socket, tls)
         except BaseException as error:
             self.close()
             if isinstance(error, TimeoutError | FetchInterrupted):
@@ -251,10 +243,10 @@ class GuardedStream(httpcore.NetworkStream):
 
     def has_ended(self) -> bool:
         """Of an idle connection: whether the host has ended it, or it may not be used again."""
-        try:  # on the socket itself, below TLS: bytes or an end mean that the host has ended the connection
-            socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
+        try:  # on the socket, below TLS: bytes or an end mean that the host has ended the connection
+            self._socket.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
-            return not self.reusable or self.has_decrypted_bytes
+            return not self.reusable or (self._tls is not None and not self._tls.is_idle)
         except OSError:
             pass
         return True
@@ -262,7 +254,16 @@ class GuardedStream(httpcore.NetworkStream):
     def get_extra_info(self, info: str) -> Any:
         if info == "is_readable":  # True makes httpcore's pool drop an idle connection
             return self.has_ended()
-        return self._socket if info == "ssl_object" and isinstance(self._socket, ssl.SSLSocket) else None
+        return self._tls.object if info == "ssl_object" and self._tls else None
+
+
+def _wait(connection: socket.socket, wanted: int, seconds: float) -> None:
+    """Wait until the connection is readable or writable. Raises TimeoutError without a wait if no time is left."""
+    if seconds <= 0:
+        raise TimeoutError("timed out")
+    ready = select.poll()
+    ready.register(connection, wanted)
+    ready.poll(seconds * 1_000)
 
 
 _thread = threading.local()

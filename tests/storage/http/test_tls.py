@@ -1,0 +1,89 @@
+"""A host that sends messages of TLS itself without end. OpenSSL alone does not return from them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpcore
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from storage.errors import FetchInterrupted
+from storage.http.connection import GuardedStream, TransferDeadline
+from tests.loopback import Listener
+from tests.storage.fetch.test_client import tls as tls
+
+FLOOD_SECONDS, ALLOWED_SECONDS = 8.0, 0.5
+Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
+# Records of HelloRequests, which a client ignores while it shakes hands.
+HELLO_REQUESTS = b"\x16\x03\x03\x00\x04\x00\x00\x00\x00" * 10_000
+
+
+def send_for_long(connection: socket.socket, blocks: Iterator[bytes]) -> None:
+    ends = time.monotonic() + FLOOD_SECONDS
+    with suppress(OSError):  # the client has left
+        while time.monotonic() < ends:
+            connection.sendall(next(blocks))
+
+
+def connected(listener: Listener) -> GuardedStream:
+    return GuardedStream(socket.create_connection(("127.0.0.1", listener.port)))
+
+
+def test_handshake_without_an_end_is_given_up(tls: Contexts) -> None:
+    listener = Listener(lambda connection: send_for_long(connection, iter(lambda: HELLO_REQUESTS, b"")))
+    started = time.monotonic()
+    with pytest.raises(httpcore.ConnectTimeout):
+        connected(listener).start_tls(tls[1], "cdn.example.com", ALLOWED_SECONDS)
+    assert time.monotonic() - started < FLOOD_SECONDS / 2
+    listener.close()
+
+
+def test_session_tickets_without_an_end_are_given_up(tls: Contexts, tmp_path: Path) -> None:
+    listener = Listener(lambda connection: send_tickets(connection, tls[0], tmp_path / "secrets"))
+    stream = connected(listener).start_tls(tls[1], "cdn.example.com", 10)
+    started = time.monotonic()
+    with TransferDeadline(60, ALLOWED_SECONDS, 0), pytest.raises((httpcore.ReadTimeout, FetchInterrupted)):
+        stream.read(1_000)
+    assert time.monotonic() - started < FLOOD_SECONDS / 2
+    stream.close()
+    listener.close()
+
+
+def send_tickets(connection: socket.socket, context: ssl.SSLContext, secrets: Path) -> None:
+    """Shake hands as a server of TLS 1.3 and send records full of session tickets, made with its traffic secret."""
+    context.keylog_filename, context.num_tickets = str(secrets), 0
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = context.wrap_bio(received, sent, server_side=True)
+    while True:
+        try:
+            server.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            connection.sendall(sent.read())
+            received.write(connection.recv(65_536))
+    line = next(line for line in secrets.read_text().splitlines() if line.startswith("SERVER_TRAFFIC_SECRET_0"))
+    send_for_long(connection, tickets(bytes.fromhex(line.split()[2])))
+
+
+def tickets(secret: bytes) -> Iterator[bytes]:
+    """Records of TLS_AES_256_GCM_SHA384 (RFC 8446 sections 4.6.1, 5.2 and 7.1), the first choice of OpenSSL."""
+
+    def derived(name: bytes, length: int) -> bytes:
+        info = struct.pack(">HB", length, 6 + len(name)) + b"tls13 " + name + b"\0\1"
+        return hmac.digest(secret, info, hashlib.sha384)[:length]
+
+    cipher, start = AESGCM(derived(b"key", 32)), int.from_bytes(derived(b"iv", 12), "big")
+    ticket = b"\4\0\0\x0e" + struct.pack(">IIB", 7_200, 1, 0) + b"\0\1t\0\0"
+    content = ticket * (16_000 // len(ticket)) + b"\x16"
+    head = b"\x17\3\3" + struct.pack(">H", len(content) + 16)
+    for number in range(2**20):
+        yield head + cipher.encrypt((start ^ number).to_bytes(12, "big"), content, head)
