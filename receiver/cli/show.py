@@ -122,7 +122,8 @@ def show(parts: Parts, external_task_id: str) -> None:
     task, assets, facts = find(parts.database, external_task_id)
     say(f"{task.external_task_id}  {task.state}, archive {task.archive}")
     gone = task.deleted_at and f"deleted at {task.deleted_at:%Y-%m-%d %H:%M:%S} UTC"
-    for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", gone or task.note)):
+    facts_of_task = {"provider id": task.provider_task_id, "units": task.units, "error": task.error}
+    for label, value in {**facts_of_task, "note": gone or task.note}.items():
         if value:
             say(f"  {label}: {value}")
     _show_next(parts, task, assets)

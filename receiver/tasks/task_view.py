@@ -103,6 +103,7 @@ def _report(
         "state": task.state,
         "archive": task.archive,
         "expected": task.expected,
+        "units": task.units,
         "error": task.error,
         "note": task.note,
         "assets": [_asset(bucket, asset) for asset in assets],

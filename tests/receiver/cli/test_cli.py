@@ -119,11 +119,12 @@ def test_a_submitted_task_is_archived_by_a_worker_and_shown_by_status(receiver: 
     for shown in (receiver("status").out, receiver("status", name).out):
         assert name in shown and "succeeded" in shown and "archived" in shown and "next:" not in shown
     assert len(receiver("status", "--json").json["tasks"]) == 1
+    assert f"  units: {report['units']}\n" in receiver("status", name).out and float(report["units"]) > 0
     check_the_contract(report, name)
 
 
 def check_the_contract(report: dict[str, Any], name: str) -> None:
-    assert " ".join(key for key in report if key != "note") == TASK_KEYS
+    assert " ".join(key for key in report if key not in ("units", "note")) == TASK_KEYS
     assert (report["external_task_id"], report["state"], report["expected"]) == (name, "succeeded", 2)
     assert [one["index"] for one in report["assets"]] == [0, 1]
     for asset in report["assets"]:
