@@ -215,19 +215,25 @@ def _callback_secrets(parts: Parts) -> Result:
         col(Task.state).not_in(states.TERMINAL),
         col(Task.callback_url).is_not(None),
     )
-    count = unlisted = 0
+    count = unlisted = older = 0
     with parts.database.read() as session:
         for name, url in session.exec(unfinished.execution_options(yield_per=1_000)):
+            token = str(url).rpartition("/")[2]
+            named = parts.tokens.read(name, token)
             count += 1
-            unlisted += parts.tokens.read(name, str(url).rpartition("/")[2]) is None
-    if not unlisted:
-        have = counted(count, "unfinished task has", "unfinished tasks have")
-        line = f"{have} a callback URL, and a listed secret made each"
-        return Result("callback secrets", Status.OK, line)
-    have = f"{counted(count, 'unfinished task')} {'has' if unlisted == 1 else 'have'}"
-    line = f"{unlisted} of {have} a callback URL that no listed secret made"
-    advice = "list the secret of that time after the others in RECEIVER_CALLBACK_SECRETS until they have ended"
-    return Result("callback secrets", Status.FAULT, line, advice)
+            unlisted += named is None
+            older += named is not None and token != parts.tokens.sign(name, named)
+    of_all = f"of {counted(count, 'unfinished task')}"
+    if unlisted:
+        line = f"{unlisted} {of_all} {'has' if unlisted == 1 else 'have'} a callback URL that no listed secret made"
+        advice = "list the secret of that time after the others in RECEIVER_CALLBACK_SECRETS until they have ended"
+        return Result("callback secrets", Status.FAULT, line, advice)
+    if older:
+        line = f"{older} {of_all} {'needs' if older == 1 else 'need'} an older secret than the first one"
+        advice = "keep the older ones listed until these tasks have ended"
+        return Result("callback secrets", Status.NOTE, line, advice)
+    have = counted(count, "unfinished task has", "unfinished tasks have")
+    return Result("callback secrets", Status.OK, f"{have} a callback URL, and the first listed secret made each")
 
 
 def _workers(parts: Parts) -> Result:
