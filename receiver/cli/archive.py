@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # The longest that a single request to a healthy store takes. Its timeout is 60 s, and it is repeated once.
 STALLED_SECONDS = 15.0
+REPAIR = "`receiver audit --repair` makes due again what a worker can fetch or write again"
 
 
 def audit(
@@ -65,6 +66,8 @@ def audit(
         repairer = Repairer(parts.database, parts.bucket, parts.schedule, spool_dir=parts.settings.spool_dir)
         counts = _print_audit(looking, resume, repairer if repair else None, as_json)
     if counts.faults:
+        if not repair and not as_json:
+            say(REPAIR, err=True)
         raise typer.Exit(1)
 
 

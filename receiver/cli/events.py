@@ -143,7 +143,9 @@ def _why_none(sink: str | None, known: Sequence[str], *, all_dead: bool) -> str:
     if not all_dead:
         return "these are on their way this moment; `receiver events list --open` shows them"
     if sink and sink not in known:
-        return f"nothing for {sink!r} was given up, and there is no such sink; there are {', '.join(known) or 'none'}"
+        return (
+            f"nothing for {sink!r} was given up, and there is no such sink; known sinks: {', '.join(known) or 'none'}"
+        )
     return "nothing was given up; give the numbers of `receiver events list` for others"
 
 
@@ -261,7 +263,7 @@ def _check_name(parts: Parts, name: str) -> None:
     with parts.database.read() as session:
         known |= outbox.remembered(session)
     if name not in known:
-        raise typer.BadParameter(f"no sink is called {name!r}; there are {', '.join(sorted(known))}")
+        raise typer.BadParameter(f"no sink is called {name!r}; known sinks: {', '.join(sorted(known))}")
 
 
 def _print_counts(counts: dict[str, object], dry_run: bool, as_json: bool) -> None:

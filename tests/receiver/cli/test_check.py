@@ -350,7 +350,9 @@ def test_the_file_of_a_secret_may_be_named_in_the_file(nothing_set: pytest.Monke
     assert config.unknown_variables() == []
 
 
-def test_older_secret_that_unfinished_tasks_need_is_named_and_its_removal_a_fault(look: Look, database: Database) -> None:
+def test_older_secret_that_unfinished_tasks_need_is_named_and_its_removal_a_fault(
+    look: Look, database: Database
+) -> None:
     old, new = (Tokens([SecretStr(secret)]) for secret in ("o" * 40, CALLBACK_SECRET))
     states = [(old, TaskState.CREATED), (old, TaskState.PROCESSING), (new, TaskState.SUBMITTED)]
     with database.write() as session:

@@ -247,6 +247,7 @@ def test_audit_command_reports_and_repairs_findings(parts: Parts, receiver: Comm
     assert (good.code, good.json["ok"], good.json["findings"], good.err) == (0, True, [], "")
     key = str(all_assets(parts)[0].key)
     parts.bucket.delete(key)
+    assert "`receiver audit --repair` makes due" in receiver("audit").err
     bad = receiver("audit", "--repair", "--resume", "audit.log", "--json")
     assert (bad.code, [found["key"] for found in bad.json["findings"]]) == (1, [key])
     assert bad.json["findings"][0]["repair"] == FETCHED_AGAIN
