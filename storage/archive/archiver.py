@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import func, select
 from sqlmodel import Session
 
 from storage import states
@@ -25,7 +25,6 @@ from storage.bucket import bucket as objects
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.clock import db_now
-from storage.database.prepared import execute
 from storage.database.sessions import Database
 from storage.errors import (
     FetchCut,
@@ -68,17 +67,7 @@ NOW = db_now()  # made once: it takes as long as SQLite takes for a statement
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 
 
-class Origin(NamedTuple):
-    """The facts of a task that its files' keys and metadata contain."""
-
-    created_at: datetime
-    external_task_id: str
-    provider: str
-    provider_task_id: str | None
-
-
 _TASKS = Task.__table__.c  # type: ignore[attr-defined]
-_ORIGIN = select(*(_TASKS[name] for name in Origin._fields)).where(_TASKS.id == bindparam("wanted"))
 
 
 class Archiver:
@@ -158,12 +147,12 @@ class Archiver:
                 raise NotAnAsset(f"is {fetched.media_type}, but a picture was requested")
             # A file on disk keeps its place: its room is reckoned by `RECEIVER_WORKER_THREADS`.
             with self._waiting() if memory_of(sink) is not None else nullcontext():
-                key, origin = self._note(asset, fetched)
+                key = self._note(asset, fetched)
             provenance = {
-                "task": origin.external_task_id,
+                "task": asset.task_external_task_id,
                 "task-id": str(asset.task_id),
-                "provider": origin.provider,
-                "provider-task-id": origin.provider_task_id or "",
+                "provider": asset.task_provider,
+                "provider-task-id": asset.task_provider_task_id or "",
                 "source-host": fetched.host,
             }
             created = self._bucket.put_once(
@@ -177,35 +166,26 @@ class Archiver:
         assert asset.key and asset.sha256 and asset.size is not None
         return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
 
-    def _note(self, asset: Asset, fetched: Fetched) -> tuple[str, Origin]:
+    def _note(self, asset: Asset, fetched: Fetched) -> str:
         """Write key, hash and size into the row under the lease before the put. A worker that takes over checks that
         key first.
         """
+        key = object_key(
+            self._bucket.prefix, asset.task_created_at, asset.task_external_task_id, asset.kind, asset.index,
+            fetched.sha256, fetched.extension,
+        )  # fmt: skip
         earlier = [asset.key] if asset.key and self._bucket.head(asset.key) is not None else []
         values = {
+            "key": key, "superseded": [old for old in (*asset.superseded, *earlier) if old != key],
             "sha256": fetched.sha256, "size": fetched.size, "media_type": fetched.media_type,
             "width": fetched.width, "height": fetched.height, "verified": fetched.verified,
             "trailing_bytes": fetched.trailing_bytes or None, "notes": list(fetched.notes) or None,
             "fetched": {"host": fetched.host, "headers": fetched.headers},
         }  # fmt: skip
-
-        def note(session: Session) -> tuple[str, Origin]:
-            found = execute(session, _ORIGIN, {"wanted": asset.task_id}).rows
-            if not found:
-                raise LostClaim(f"task {asset.task_id} no longer exists")
-            origin = Origin._make(found[0])
-            prefix, external_id = self._bucket.prefix, origin.external_task_id
-            key = object_key(
-                prefix, origin.created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension
-            )
-            superseded = [old for old in (*asset.superseded, *earlier) if old != key]
-            claims.update_claimed(session, asset, key=key, superseded=superseded, **values)
-            return key, origin
-
-        key, origin = self._database.write_in_group(note)
+        self._database.write_in_group(lambda session: claims.update_claimed(session, asset, **values))
         # A claimed row belongs to no session. An attribute that is set through the model takes 8 µs.
-        vars(asset).update(values, key=key)
-        return key, origin
+        vars(asset).update(values)
+        return key
 
     def _settle_archived(self, asset: Asset, session: Session) -> None:
         task = self._lock_task(session, asset)

@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
-from sqlmodel import Session
+from sqlmodel import Session, col
 
 from storage.database.clock import UtcTime, db_now, db_now_once
 from storage.database.prepared import execute, unattached
@@ -55,6 +55,9 @@ SUSPECT_LOSSES: ColumnElement[int] = literal_column(str(QUARANTINE_AFTER - 1), I
 # The number of due rows, beyond those to be claimed, up to which a queue is sorted at each claim. Sorting 256 takes 0.2
 # ms.
 SHORT_QUEUE = 256
+
+# What the keys and the metadata of files contain of their tasks. A claimed file has it as `task_…`.
+OF_ITS_TASK = ("created_at", "external_task_id", "provider", "provider_task_id")
 
 # Statements kept in each cache. A lane's conditions never change, and there are some ten lanes.
 STATEMENTS = 64
@@ -104,6 +107,10 @@ def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, .
         ids = _first(chosen.order_by(model.due_at, model.attempts), "due")
     else:
         ids = _soonest(model, due, claimable)
+    of_its_task = [getattr(Task, name).label(f"task_{name}") for name in OF_ITS_TASK if model is Asset]
+    also = [
+        select(each).where(col(Task.id) == Asset.task_id).scalar_subquery().label(each.name) for each in of_its_task
+    ]
     return (
         update(model)
         .where(model.id.in_(ids))
@@ -111,7 +118,7 @@ def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, .
             due_at=db_now("lease_seconds"), lease=bindparam("token", type_=Uuid), attempts=model.attempts + 1,
             losses=losses,
         )
-        .returning(model)
+        .returning(model, *also)
     )  # fmt: skip
 
 

@@ -219,6 +219,12 @@ class Asset(Claimable, table=True):
     created_at: datetime = time_column(nullable=False)
     archived_at: datetime | None = time_column()
 
+    # of its task; only a claimed row has them
+    task_created_at: ClassVar[datetime]
+    task_external_task_id: ClassVar[str]
+    task_provider: ClassVar[str]
+    task_provider_task_id: ClassVar[str | None]
+
 
 class Event(Row, table=True):
     """One event, written in the transaction that made it true.
