@@ -18,10 +18,10 @@ log = structlog.get_logger()
 MAX_WORDS_CHARS = 300
 # Faults that an administrator repairs or that pass, by the first characters of SQLSTATE (PostgreSQL, appendix A):
 # authorization, names of a database and a schema, a statement prepared before a schema change (or one that another
-# product lacks), privileges, read-only, resources, an operator's intervention, system and internal errors. The
-# driver's classes mix them with our own faults. A role without USAGE on the schema is told that the table does not
-# exist (42P01).
-AT_FAULT = ("28", "3D", "3F", "0A000", "42501", "42P01", "25006", "53", "57", "58", "XX")
+# product lacks), privileges, read-only, a transaction that lasted too long (after a suspended machine), resources, an
+# operator's intervention, system and internal errors. The driver's classes mix them with our own faults. A role without
+# USAGE on the schema is told that the table does not exist (42P01).
+AT_FAULT = ("28", "3D", "3F", "0A000", "42501", "42P01", "25006", "25P03", "25P04", "53", "57", "58", "XX")
 NO_PRIVILEGE, NO_TABLE, LOCK_TIMEOUT, NO_SCHEMA = "42501", "42P01", "55P03", "3F000"
 # PgBouncer's refusal of a URL with `options`.
 NO_OPTIONS = "unsupported startup parameter"

@@ -20,6 +20,9 @@ ADVISORY_LOCK = 7_236_101
 FOLDER = Path(__file__).parent
 # `initdb` and `pg_createcluster` take SQL_ASCII with the locale C or POSIX.
 MAKE_UTF8 = "make one that holds every text: createdb -T template0 -E UTF8 NAME"
+# A step of a large table takes minutes. The role may have limits, of which older servers do not know each.
+NO_TIMEOUTS = """SELECT set_config(name, '0', true) FROM pg_settings
+WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')"""
 # In messages of SQLite and of PostgreSQL.
 IN_THE_WAY = ("already exists", "there is already", "other objects depend on it")
 UNCHANGED = "the schema was not changed"
@@ -70,7 +73,7 @@ def upgrade(database: Database, revision: str = "head") -> None:
     try:
         with database.write_schema() as session:
             if not database.is_sqlite:
-                session.execute(text("SET LOCAL statement_timeout = 0"))  # a step of a large table takes minutes
+                session.execute(text(NO_TIMEOUTS))
                 session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
             config = Config()
             config.set_main_option("script_location", str(FOLDER))

@@ -238,8 +238,9 @@ def test_an_unreachable_database_is_unavailable() -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
-def test_a_roles_limit_of_statements_does_not_end_the_migration(empty: Database, empty_database_url: str) -> None:
-    limited = Database(f"{empty_database_url}?options=-cstatement_timeout%3D500ms")
+@pytest.mark.parametrize("limit", ["statement_timeout", "transaction_timeout"])
+def test_a_limit_of_the_role_does_not_end_the_migration(limit: str, empty: Database, empty_database_url: str) -> None:
+    limited = Database(f"{empty_database_url}?options=-c{limit}%3D500ms")
     with ThreadPoolExecutor(1) as threads:
         with empty.write() as session:
             session.execute(text(f"SELECT pg_advisory_xact_lock({migrations.ADVISORY_LOCK})"))
