@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from sqlalchemy import text
+
 from receiver.app.findings import Result, Status
 from receiver.app.wiring import Parts
 from storage.database.outages import words
@@ -52,6 +54,19 @@ def room(parts: Parts) -> Iterator[Result]:
     if shortage := parts.database.shortage():
         advice = "make room there; until then each callback is answered 503"
         yield Result("database: room", Status.FAULT, shortage, advice)
+
+
+def durability(parts: Parts) -> Iterator[Result]:
+    """Check that PostgreSQL writes a commit to its disk before it returns. Direct sessions demand that themselves."""
+    if parts.database.is_sqlite:
+        return
+    with parts.database.read() as session:
+        if session.execute(text("SHOW synchronous_commit")).scalar_one() != "off":
+            return
+        role = session.execute(text("SELECT quote_ident(current_user)")).scalar_one()
+    line = "commits return before they are on the disk (synchronous_commit = off), so a crash loses accepted callbacks"
+    advice = f"run ALTER ROLE {role} SET synchronous_commit = on, then RECONNECT in the pooler"
+    yield Result("database: durability", Status.FAULT, line, advice)
 
 
 def waking(parts: Parts) -> Iterator[Result]:

@@ -193,6 +193,7 @@ def database(parts: Parts) -> Iterator[Result]:
         database_faults.check_file(parts.database)
         schema = check_database.missing_file(parts) or check_database.schema(parts)
         yield schema
+        yield from check_database.durability(parts)
         yield from check_database.waking(parts)
         if schema.status is Status.OK:
             yield from check_database.room(parts)

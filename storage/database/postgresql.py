@@ -47,6 +47,9 @@ SET_ISOLATION = "SET default_transaction_isolation TO 'read committed'"
 # A database may end sessions that are idle for some seconds or minutes, as ours often are. Each end was logged as an
 # outage. PostgreSQL has this setting since version 14.
 KEEP_IDLE = "SET idle_session_timeout TO 0"
+# With `off` as the default a commit returns before it is on the disk: a crash of the server lost deliveries that were
+# answered 200. The other values wait at least for our server's disk, and some for standbys, so they stay.
+SET_DURABLE = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
 
 
 def is_pooled(connection: Connection[Any] | AsyncConnection[Any], process_id: int) -> bool:
@@ -106,7 +109,9 @@ class Sessions:
     def defaults(self, connection: Connection[Any] | AsyncConnection[Any]) -> str:
         """Statements that replace a database's own defaults in a new session, "" for none."""
         statements = [SET_STYLE] if needs_style(connection) else []
-        return "; ".join(statements if self.is_pooled else [*statements, SET_ISOLATION, *keep_idle(connection)])
+        return "; ".join(
+            statements if self.is_pooled else [*statements, SET_ISOLATION, SET_DURABLE, *keep_idle(connection)]
+        )
 
     def is_replaceable(self) -> bool:
         """Whether a new session may be able to write where an old one is not."""

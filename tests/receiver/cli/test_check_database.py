@@ -44,6 +44,19 @@ def test_check_finds_a_pooler_and_names_the_setting(receiver: CommandLine, poole
 
 
 @NEEDED
+def test_check_names_a_default_that_loses_commits_behind_a_pooler(
+    receiver: CommandLine, pooled_url: str, database_url: str
+) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        change = f'ALTER DATABASE "{connection.info.dbname}" {{}} synchronous_commit'
+        connection.execute(f"{change.format('SET')} = off")
+        code, said = lines(receiver, RECEIVER_DATABASE_URL=pooled_url)
+        connection.execute(change.format("RESET"))
+    assert code == 1 and "a crash loses accepted callbacks" in said
+    assert "run ALTER ROLE postgres SET synchronous_commit = on" in said
+
+
+@NEEDED
 def test_check_tries_the_direct_url(receiver: CommandLine, pooled_url: str, database_url: str) -> None:
     code, said = lines(receiver, RECEIVER_DATABASE_URL=pooled_url, RECEIVER_DATABASE_DIRECT_URL=database_url)
     assert code == 0 and "through a pooler; workers are woken by 127.0.0.1:" in said

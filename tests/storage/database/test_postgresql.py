@@ -7,12 +7,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 
 import pytest
 import sqlalchemy
 from sqlalchemy import Connection, text
-from sqlmodel import select
+from sqlmodel import Session, select
 from structlog.testing import capture_logs
 
 from storage.database import outages, postgresql, prepared
@@ -214,6 +214,44 @@ def test_sessions_are_kept_where_the_database_ends_idle_ones(database: Database)
     finally:
         with database.write() as session:
             session.execute(text(f'ALTER DATABASE "{name}" RESET idle_session_timeout'))
+
+
+@pytest.mark.parametrize(("default", "used"), [("off", "on"), ("local", "local")])
+def test_a_commit_is_on_the_disk_when_it_returns_whatever_the_default(
+    default: str, used: str, database: Database
+) -> None:
+    name = database.url.database
+    with database.write() as session:
+        session.execute(text(f'ALTER DATABASE "{name}" SET synchronous_commit = {default}'))
+    database.writer.dispose()
+    shown = text("SHOW synchronous_commit")
+    try:
+        with database.write() as session:
+            assert session.execute(shown).scalar_one() == used
+        assert database.write_in_group(lambda session: session.execute(shown).scalar_one()) == used
+        assert asyncio.run(shown_in_the_loop(database, str(shown))) == used
+    finally:
+        with database.write() as session:
+            session.execute(text(f'ALTER DATABASE "{name}" RESET synchronous_commit'))
+
+
+@pytest.mark.parametrize("limit", ["idle_in_transaction_session_timeout", "transaction_timeout"])
+def test_a_transaction_that_the_server_ended_for_its_length_is_an_outage(
+    limit: str, database_url: str, opened: Callable[..., Database]
+) -> None:
+    """A machine that was suspended goes on in the middle of a transaction."""
+    database = opened(f"{database_url}?options=-c{limit}%3D200ms")
+    for write in (database.write, database.group_write):
+        with pytest.raises(DatabaseUnavailable, match="terminating connection due to"):
+            write_slowly(write)
+        with write() as session:
+            assert session.execute(PROCESS).scalar_one()
+
+
+def write_slowly(write: Callable[[], AbstractContextManager[Session]]) -> None:
+    with write() as session:
+        session.execute(PROCESS)
+        time.sleep(0.5)
 
 
 ISOLATION = text("SHOW transaction_isolation")
