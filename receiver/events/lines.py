@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import shlex
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,13 +36,16 @@ class Lines:
     def __init__(self, path: Path | None, *, wait_seconds: float = LOCK_SECONDS) -> None:
         self._path = path
         self._wait_seconds = wait_seconds
+        self._is_torn = False  # whether the last write ended within a line
 
     def send(self, messages: Sequence[Message]) -> list[Outcome]:
         """All or nothing: after a failure the same lines are written again, whatever part of them was written."""
         lines = b"".join(message.body + b"\n" for message in messages)
         try:
             with self._opened() as file:
-                _write(file, lines)
+                if _ends_within_line(file, self._is_torn):
+                    self._write(file, b"\n")
+                self._write(file, lines)
         except OSError as error:
             failed = SinkUnavailable(f"{self._path or 'standard output'}: {error.strerror}")
             return [failed, *(NotTried("not tried") for _ in messages[1:])]
@@ -55,7 +60,6 @@ class Lines:
         file = open_own(self._path, FLAGS | os.O_CREAT)
         try:
             self._lock(file)
-            _end_torn_line(file)
             yield file
             os.fsync(file)
         finally:
@@ -74,6 +78,19 @@ class Lines:
                 time.sleep(LOCK_INTERVAL_SECONDS)
             else:
                 return
+
+    def _write(self, file: int, lines: bytes) -> None:
+        """Write all of it. A pipe that another program has made non-blocking is waited for like any other."""
+        rest = memoryview(lines)
+        try:
+            while rest:
+                try:
+                    rest = rest[os.write(file, rest) :]
+                except BlockingIOError:
+                    select.select([], [file], [])
+        finally:
+            if written := lines[: len(lines) - len(rest)]:
+                self._is_torn = not written.endswith(b"\n")
 
     def check(self) -> str:
         """Open the file as `send` does, or check that it could be made. Makes no file."""
@@ -112,13 +129,21 @@ def _check_folder(folder: Path) -> None:
         raise OSError(number, f"{os.strerror(number)} ({folder})", str(folder))
 
 
-def _end_torn_line(file: int) -> None:
-    """End a line that a full disk or a crash cut off, so that ours begins on a new line."""
-    size = os.fstat(file).st_size
-    if size and os.pread(file, 1, size - 1) != b"\n":
-        _write(file, b"\n")
+def _ends_within_line(file: int, otherwise: bool) -> bool:
+    """Whether the last line of a file has no end, because a full disk or a crash cut it off. Ours begin on a new line.
 
-
-def _write(file: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(file, data) :]
+    `otherwise`: the answer for what cannot be read, such as a pipe.
+    """
+    state = os.fstat(file)
+    if not stat.S_ISREG(state.st_mode):
+        return otherwise
+    if not state.st_size:
+        return False
+    try:
+        reader = os.open(f"/dev/fd/{file}", os.O_RDONLY)  # standard output may be open for writing alone
+    except OSError:
+        return otherwise
+    try:
+        return os.pread(reader, 1, state.st_size - 1) != b"\n"
+    finally:
+        os.close(reader)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import pickle
+import resource
 import socket
+import sys
+import termios
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +33,7 @@ from receiver.base.signature import client_secret
 from receiver.events import sqs
 from receiver.events.cloudevents import event_id
 from receiver.events.dispatcher import NotTried, SinkRefused, SinkSilent, SinkUnavailable
-from receiver.events.lines import Lines
+from receiver.events.lines import STDOUT, Lines
 from receiver.events.sqs import Sqs
 from receiver.gateway import client_callback
 from receiver.gateway.api_keys import fingerprint
@@ -430,3 +434,73 @@ def test_lines_of_several_processes_on_one_pipe_are_whole(tmp_path: Path) -> Non
 def test_standard_output_takes_lines(capfd: pytest.CaptureFixture[str]) -> None:
     assert Lines(None).send(messages(2)) == [None, None]
     assert [json.loads(line)["subject"] for line in capfd.readouterr().out.splitlines()] == ["t0", "t1"]
+
+
+@contextmanager
+def output_to(file: int) -> Iterator[None]:
+    """Standard output is `file` during the block."""
+    own = os.dup(STDOUT)
+    os.dup2(file, STDOUT)
+    try:
+        yield
+    finally:
+        os.dup2(own, STDOUT)
+        os.close(own)
+
+
+def whole_lines(text: bytes) -> list[str]:
+    """The tasks of the lines that are JSON."""
+    found = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            found.append(json.loads(line)["subject"])
+    return found
+
+
+def test_a_line_that_a_full_disk_cut_off_spoils_none_of_those_after_it(tmp_path: Path) -> None:
+    """Standard output is a file. Another worker process may write the next line."""
+    output, limits = tmp_path / "events.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with output.open("wb") as file, output_to(file.fileno()):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            [failed] = Lines(None).send(messages(1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert isinstance(failed, SinkUnavailable) and output.stat().st_size == 100
+        assert Lines(None).send(messages(2)) == [None, None]
+    assert whole_lines(output.read_bytes()) == ["t0", "t1"]
+
+
+def test_a_line_that_a_reader_of_a_pipe_left_spoils_none_for_the_next_reader(tmp_path: Path) -> None:
+    pipe, sink = tmp_path / "pipe", Lines(None)
+    os.mkfifo(pipe)
+    reader, writer = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), os.open(pipe, os.O_WRONLY)
+    with ThreadPoolExecutor(1) as pool, output_to(writer):
+        sending = pool.submit(sink.send, messages(1, note="x" * 100_000))
+        wait_until(lambda: unread(reader) >= 65_536)
+        os.close(reader)
+        assert isinstance(sending.result()[0], SinkUnavailable)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        read = os.read(reader, 65_536)
+        assert sink.send(messages(2)) == [None, None]
+        read += os.read(reader, 65_536)
+    os.close(writer)
+    os.close(reader)
+    assert whole_lines(read) == ["t0", "t1"]
+
+
+def unread(reader: int) -> int:
+    return int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def test_a_pipe_that_does_not_block_is_waited_for() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(lambda: b"".join(iter(lambda: os.read(reader, 8_192), b"")))
+        with output_to(writer):
+            outcomes = Lines(None).send(messages(100, note="x" * 3_000))
+        os.close(writer)
+    os.close(reader)
+    assert outcomes == [None] * 100
+    assert len(whole_lines(reading.result())) == 100
