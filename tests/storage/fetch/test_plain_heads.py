@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import socket
+import threading
+import time
 from typing import Any
 
 import httpcore
@@ -163,3 +165,29 @@ def test_fuzzed_heads_come_out_as_by_httpcore(given_head: bytes, changes: list[t
 def test_repr_of_a_response_shows_no_header() -> None:
     redirect = client.Response(302, {"location": "https://cdn.example/?Signature=canary"}, None, False, Any, None)  # type: ignore[arg-type]
     assert "canary" not in repr(redirect)
+
+
+def cpu_of_a_head_in_bytes(start: bytes) -> float:
+    """Seconds of CPU to read a head whose lines after `start` arrive byte by byte, and then end."""
+    ours, host = socket.socketpair()
+
+    def send() -> None:
+        host.sendall(b"HTTP/1.1 200 OK\r\n" + start)
+        for _ in range(1_000):
+            host.sendall(b"a")
+            time.sleep(0.0002)
+        host.sendall(b": b\r\n\r\n")
+
+    sending = threading.Thread(target=send)
+    with ours, host:
+        sending.start()
+        before = time.thread_time()
+        GuardedStream(ours).read(1_000)
+        sending.join()
+        return time.thread_time() - before
+
+
+def test_a_long_head_is_searched_once_for_its_end() -> None:
+    """A byte more, every half a millisecond, kept a quarter of a processor busy for the 40 s of a head."""
+    cpu = [(cpu_of_a_head_in_bytes(b""), cpu_of_a_head_in_bytes(b"a: b\n" * 18_000)) for _ in range(3)]
+    assert min(long for _, long in cpu) < 3 * max(short for short, _ in cpu) + 0.02
