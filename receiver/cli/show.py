@@ -20,7 +20,9 @@ from storage import spool
 from storage.accounts import pauses
 from storage.archive import continuous_audit
 from storage.bucket import store_errors
-from storage.operations import deadlines, heartbeats
+from storage.filters import DeliveryFilter, TaskFilter
+from storage.keys import as_argument
+from storage.operations import deadlines, heartbeats, lists
 from storage.operations.counted import counted
 from storage.operations.measures import Measures, measure, waiting_lines
 from storage.rows import tasks
@@ -33,6 +35,8 @@ POLL_INTERVAL_SECONDS = 0.2
 WORKER_START_SECONDS = 30.0
 # Events that are printed, the newest last. `--json` has all.
 SHOWN_FAULTS = 20
+# Tasks or deliveries of each kind that need a person.
+SHOWN_EACH = 5
 STORE_ERRORS = (*store_errors.MESSAGES, *spool.MESSAGES)
 STORE_ADVICE = "`receiver check` tests the store and the spool folder, and says what to do"
 
@@ -234,6 +238,28 @@ def _sinks(found: Measures) -> Iterator[str]:
         yield f"events to {name}: {sink.events_open} wait{dead}"
 
 
+def _concerned(parts: Parts, found: Measures) -> Iterator[str]:
+    """One line for each kind of rows that need a person, with the newest of them."""
+    lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
+    kinds = (
+        ("files given up", found.failed_assets, "failed"),
+        ("files unusable and still tried", found.unusable_files, "waiting"),
+        ("near their deadline", found.deadline_near, "expiring"),
+    )
+    with parts.database.read() as session:
+        for words, count, files in kinds:
+            if count:
+                page = lists.newest_tasks(session, TaskFilter(files=files), None, SHOWN_EACH, lead_seconds=lead)
+                yield _line(words, [as_argument(task.external_task_id) for task in page.rows], page)
+        if found.unmatched:
+            page = lists.newest_deliveries(session, DeliveryFilter(state="unmatched"), None, SHOWN_EACH)
+            yield _line("deliveries unmatched", [str(row.id) for row, *_ in page.rows], page)
+
+
+def _line(words: str, names: Sequence[str], page: lists.Page) -> str:
+    return f"  {words}: {' '.join(names)}{' …' if page.further else ''}"
+
+
 def show_latest(parts: Parts, limit: int) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("external id", "state", "archive", "created", "error"):
@@ -250,5 +276,6 @@ def show_latest(parts: Parts, limit: int) -> None:
         say(STORE_ADVICE)
     if shortage := parts.database.shortage():
         say(f"callbacks are answered 503: {shortage}")
+    say(*_concerned(parts, found))
     for fault in audited(parts).findings[-SHOWN_FAULTS:]:
         say(f"  {fault['kind']}  {fault['key']}")

@@ -236,6 +236,22 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
     assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
 
 
+def test_status_names_the_rows_that_need_a_person(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    lost = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.INCOMPLETE, "step": None, "due_at": None}
+    for number in range(show.SHOWN_EACH + 1):
+        made = LONG_AGO + timedelta(minutes=number)
+        given_up = insert_row(parts, external_task_id=f"lost {number}", created_at=made, **lost)
+        with parts.database.write() as session:
+            new_asset(session, given_up, 0, state=AssetState.FAILED, error="broken", due_at=None)
+    near = expiring(parts, hours=1)
+    unmatched = deliver(parts, None, {"task_id": "nobody-has-this", "task_status": "succeed"})
+    show.show_latest(parts, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert "  files given up: 'lost 5' 'lost 4' 'lost 3' 'lost 2' 'lost 1' …" in said
+    assert f"  near their deadline: {near.external_task_id}" in said
+    assert f"  deliveries unmatched: {unmatched.id}" in said
+
+
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_callbacks_that_a_client_never_accepts_are_shown_and_no_fault(web: Web, parts: Parts) -> None:
     """Three creates with a callback address that answers 410 would hide the loss of an operator's event for good."""
