@@ -106,11 +106,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
     flow: _Flow
+    _timer: asyncio.TimerHandle  # of a head, and of the delay of a refusal
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._queue: dict[BoundedHttpProtocol, None] | None = None  # the one that it is in
-        self._timer: asyncio.TimerHandle | None = None  # of a head, and of the delay of a refusal
         self._framing_bytes = self._header_bytes = self._announced = self._delivered = 0
         self._in_body = False
         self._refusal: int | None = None
@@ -145,7 +145,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_timer()
+        self._timer.cancel()
         if self._speed is not None:
             self._speed.close()
         self._enter(None)
@@ -170,11 +170,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _take_body(self) -> tuple[bytes, bool]:
-        """What has arrived of the body in progress, and whether to await more, or that the client has left."""
+        """What has arrived of the body in progress, and whether to await more."""
         cycle = self._in_work
         assert cycle is not None
-        if cycle.disconnected:
-            return b"", True
         body, cycle.body = bytes(cycle.body), bytearray()
         return body, cycle.more_body
 
@@ -243,7 +241,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._delivered:
                 self._refuse(400 if self._in_body else 431)
-            elif self._timer is None:
+            elif self._timer.cancelled():
                 self._note_progress()
                 if begins and self.cycle is before:  # a part of the next head on a kept connection
                     self._timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
@@ -282,7 +280,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise _Refused(400)  # the bytes after it belong to a tunnel, whatever its length says
             return  # `_feed_parser` feeds this head again
-        self._cancel_timer()
+        self._timer.cancel()
         if len(self.url) > MAX_URL_BYTES:
             raise _Refused(414)
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -368,14 +366,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         log.info("web.reader_disconnected", client=self.client and self.client[0])
         self.transport.abort()
 
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
     def _refuse(self, status: int) -> None:
         """Answer with `status` and close, after the answers to all earlier requests."""
-        self._cancel_timer()
+        self._timer.cancel()
         if self.transport.is_closing():
             return
         if self._in_body and self.pipeline:
