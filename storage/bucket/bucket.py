@@ -20,7 +20,7 @@ import structlog
 
 from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
-from storage.bucket.http_connections import UnexpectedResponse
+from storage.bucket.http_connections import UNEXPECTED
 from storage.bucket.probe import Capabilities, Probe
 from storage.bucket.put_options import Put, PutOptions
 from storage.bucket.signed_requests import ConditionFailed, TryAgain
@@ -178,7 +178,7 @@ class Bucket(StoredObjects):
         """Whether there certainly is no object. Takes half the CPU of `head`."""
         with self._errors():
             signed = self._signed_requests()
-            with suppress(UnexpectedResponse):
+            with suppress(*UNEXPECTED):
                 return signed is not None and signed.is_missing(key)
         return False
 
@@ -222,7 +222,7 @@ class Bucket(StoredObjects):
             signed = self._signed_requests()
             if signed is not None:
                 sent = arguments if self._sends_checksums else without_checksums(arguments)
-                with suppress(UnexpectedResponse):
+                with suppress(*UNEXPECTED):
                     answer = signed.put(sent, put.file, sha256=put.sha256, size=put.size)
                     return checksums.evidence_of(answer, checksum, md5)
             put.file.seek(0)

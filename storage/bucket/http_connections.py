@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import httpcore
-from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError
 
 from storage.errors import FetchInterrupted
 from storage.http.client import Connections, Origin, Request, Response
@@ -19,13 +18,13 @@ MIN_BYTES_PER_SECOND = 13_000
 
 
 class UnexpectedResponse(Exception):
-    """A response that is neither expected nor a timeout. The caller repeats the request with boto3."""
+    """A response that is neither expected nor a timeout."""
 
 
-class ConnectionBroken(UnexpectedResponse):
-    """The store closed the connection or answered something else than HTTP/1. The request may have been done. boto3
-    connects again and names the fault.
-    """
+# The store answered something else than expected or than HTTP/1, or closed the connection: the request may have been
+# done. The caller repeats it with boto3, which connects again and names the fault.
+UNEXPECTED = (UnexpectedResponse, httpcore.NetworkError, httpcore.ProtocolError)
+TOO_SLOW = (httpcore.TimeoutException, FetchInterrupted)
 
 
 class HttpConnections:
@@ -61,21 +60,12 @@ class HttpConnections:
     ) -> Response:
         """Send a request, a second time if a kept connection turns out to be closed. `body`: its blocks from the start.
 
-        Raises botocore's `ConnectTimeoutError` and `ReadTimeoutError`, and `ConnectionBroken`.
+        Raises those of UNEXPECTED and of TOO_SLOW.
         """
-        try:
-            with (
-                self._deadline(),
-                self._connections.get(Request(method, self._origin, path, headers, body)) as response,
-            ):
-                response.discard()
-                return response
-        except httpcore.ConnectTimeout as error:
-            raise ConnectTimeoutError(endpoint_url=self.authority) from error
-        except (httpcore.TimeoutException, FetchInterrupted) as error:
-            raise ReadTimeoutError(endpoint_url=self.authority) from error
-        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise ConnectionBroken from error
+        request = Request(method, self._origin, path, headers, body)
+        with self._deadline(), self._connections.get(request) as response:
+            response.discard()
+            return response
 
     def _connect(self, origin: Origin) -> GuardedStream:
         try:

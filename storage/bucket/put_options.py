@@ -29,7 +29,7 @@ class PutOptions:
     lock_days: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     cache_control: str | None = None
-    _constant: dict[str, Any] = field(init=False, repr=False, compare=False)  # arguments of every put
+    _constant: dict[str, str] = field(init=False, repr=False, compare=False)  # arguments of every put
 
     def __post_init__(self) -> None:
         values = {
@@ -42,11 +42,12 @@ class PutOptions:
         }
         object.__setattr__(self, "_constant", {name: value for name, value in values.items() if value is not None})
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments for boto3's `put_object` and `create_multipart_upload`."""
+    def arguments(self) -> dict[str, str]:
+        """Arguments for boto3's `put_object` and `create_multipart_upload`, each as the text of its header."""
         if not self.lock_days:
             return self._constant
-        return self._constant | {"ObjectLockRetainUntilDate": datetime.now(UTC) + timedelta(days=self.lock_days)}
+        until = datetime.now(UTC) + timedelta(days=self.lock_days)
+        return self._constant | {"ObjectLockRetainUntilDate": f"{until:%Y-%m-%dT%H:%M:%SZ}"}
 
 
 class Put(NamedTuple):

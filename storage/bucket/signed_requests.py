@@ -92,7 +92,7 @@ class Signer:
 
 
 class SignedRequests:
-    """Sends requests to one bucket. Thread-safe. Timeouts are raised as botocore's errors and not retried."""
+    """Sends requests to one bucket. Thread-safe. Retries none. Raises UNEXPECTED and TOO_SLOW (http_connections)."""
 
     def __init__(self, client: Any, signer: Signer, connections: HttpConnections, base_path: str) -> None:
         self._signer = signer
@@ -131,7 +131,7 @@ class SignedRequests:
         return max(self._refusals.values(), default=0) >= MAX_REFUSALS
 
     def is_missing(self, key: str) -> bool:
-        """Whether there is no object under `key`. Raises `UnexpectedResponse` and botocore's timeouts."""
+        """Whether there is no object under `key`."""
         answer = self._send("HEAD", key, {}, EMPTY_SHA256)
         if answer.status not in (200, 404):
             raise UnexpectedResponse(f"HTTP {answer.status}")
@@ -140,15 +140,13 @@ class SignedRequests:
     def put(self, arguments: Mapping[str, Any], file: BinaryIO, *, sha256: str, size: int) -> dict[str, str]:
         """Put the whole file. Returns the store's response under boto3's names.
 
-        `arguments`: those of `put_object`. Raises `ConditionFailed`. After `UnexpectedResponse` and botocore's timeouts
-        the object may or may not exist. An argument that is not text (a time) also raises `UnexpectedResponse`.
+        `arguments`: those of `put_object`. Raises `ConditionFailed`. After any other error the object may or may not
+        exist.
         """
         headers = {f"x-amz-meta-{name.lower()}": value for name, value in arguments["Metadata"].items()}
         headers |= {
             self._header_names[name]: arguments[name] for name in arguments.keys() - {"Bucket", "Key", "Metadata"}
         }
-        if not all(isinstance(value, str) for value in headers.values()):
-            raise UnexpectedResponse("an argument that is not text")
         answer = self._send("PUT", arguments["Key"], headers, sha256, file, size)
         if answer.status == 409:
             raise TryAgain("HTTP 409")

@@ -14,6 +14,7 @@ from botocore.config import Config
 
 from storage import forks
 from storage.bucket.bounded_connections import bound
+from storage.bucket.http_connections import TOO_SLOW
 from storage.bucket.signed_requests import ConditionFailed, SignedRequests, TryAgain
 from storage.bucket.store_errors import NoSuchObject, code, host, is_stale, no_listing, refusal, status, store_at
 from storage.errors import StoreUnavailable, UserError
@@ -161,17 +162,17 @@ class StoreConnection:
 
     @contextmanager
     def _errors(self, size: int | None = None, *, creates: bool = False) -> Iterator[None]:
-        """Translate boto3's errors. `size`: of the object that is being put. `creates`: raise `TryAgain` for 409, and
-        `ConditionFailed` if an object exists or another process aborted the upload.
+        """Translate errors of boto3 and of our own requests.
+
+        `size`: of the object that is being put. `creates`: raise `TryAgain` for 409, and `ConditionFailed` if an object
+        exists or another process aborted the upload.
         """
         try:
             yield
-        except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
+        except (boto_errors.ClientError, boto_errors.BotoCoreError, *TOO_SLOW) as error:
             raise self._translated(error, size, creates=creates) from error
 
-    def _translated(
-        self, error: boto_errors.ClientError | boto_errors.BotoCoreError, size: int | None, *, creates: bool
-    ) -> Exception:
+    def _translated(self, error: Exception, size: int | None, *, creates: bool) -> Exception:
         answer = (status(error), code(error)) if isinstance(error, boto_errors.ClientError) else (0, "")
         if answer[1] in ("NoSuchKey", "NotFound") or answer == (404, "404"):
             return NoSuchObject("no object is stored under the key")

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from botocore import exceptions as boto_errors
 
 from storage.bucket.bounded_connections import UnusableAnswer
+from storage.bucket.http_connections import TOO_SLOW
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 
 # Messages by the store's error code. The answer to a HEAD has no body, so its code is the HTTP status.
@@ -66,9 +67,10 @@ class NoSuchObject(LookupError):
 def refusal(
     error: Exception, bucket: str, endpoint_url: str | None, size: int | None = None, *, sent_checksums: bool = False
 ) -> StoreUnavailable:
-    """Our error for one of boto3's. `size`: bytes of the object that was being put, None for other requests.
+    """Our error for one of boto3's or of TOO_SLOW.
 
-    `sent_checksums`: whether puts carry checksum headers, which some stores refuse.
+    `size`: bytes of the object that was being put, None for other requests. `sent_checksums`: whether puts carry
+    checksum headers, which some stores refuse.
     """
     message = _message(error, bucket, endpoint_url)
     if sent_checksums and may_refuse_checksums(error):
@@ -106,6 +108,8 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
         return f"{store} answered with what is no XML of S3; a proxy or a log-in page may be in front of it"
     if isinstance(error, boto_errors.PaginationError):
         return f"{store} sends pages of a listing that name no further object"
+    if isinstance(error, TOO_SLOW):
+        return f"{store} cannot be reached (timeout)"
     if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
         return f"{store} cannot be reached ({type(error).__name__})"
     return f"{store} could not be used ({type(error).__name__})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +329,7 @@ def test_options_become_arguments_of_boto3() -> None:
     assert given == {
         "ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "key", "ObjectLockMode": "COMPLIANCE", "Tagging": "a=b",
     }  # fmt: skip
-    assert until.utcoffset() == timedelta(0)
+    assert datetime.fromisoformat(until).utcoffset() == timedelta(0)
     assert PutOptions().arguments() == {}
 
 
