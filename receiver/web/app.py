@@ -100,7 +100,11 @@ def _pages(health: Health, assets: Assets | None, gateway: Gateway | None, strea
     )
     pages.router.redirect_slashes = False
     pages.add_middleware(_SecurityHeaders)
-    return _KeylessHeld(pages, lambda scope, status: status in KEYLESS_STATUSES or scope["path"] in KEYLESS_PATHS)
+    return _KeylessHeld(pages, _is_keyless)
+
+
+def _is_keyless(scope: Scope, status: int) -> bool:
+    return status in KEYLESS_STATUSES or scope["path"] in KEYLESS_PATHS or scope["method"] == "OPTIONS"
 
 
 class Web(Router):
