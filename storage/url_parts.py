@@ -28,7 +28,8 @@ def split_url(url: str) -> SplitResult:
 
 # A URL's scheme, and the rest without user name and query. Line ends in a URL are ignored, as every client does.
 _URL = re.compile(r"[\x00-\x20]*(https?):(?://)?(?:[^/?#]*@)?([^?#]*)", re.I)
-_URL_IN_TEXT = re.compile(r"(https?://[^\s\"'<>?]*+\?)[^\s\"'<>]+", re.I)
+# An address without a query matches too, or a long one would be read again from each `http` in it.
+_URL_IN_TEXT = re.compile(r"(https?://[^\s\"'<>?]*+)(\?[^\s\"'<>]+)?", re.I)
 _LINE_ENDS = dict.fromkeys(map(ord, "\t\r\n"))
 _ESCAPE = re.compile(r"\\(?:u003|x3)", re.I)
 _QUESTION = re.compile(r"\?[^\s\"'<>\\]")
@@ -80,7 +81,7 @@ def without_queries(foreign: str) -> str:
 
 def urls_without_queries(own: str) -> str:
     """A caller's own text without the queries of its http(s) URLs. All else is kept: a prompt may say `token=gold`."""
-    return _URL_IN_TEXT.sub(r"\1…", own) if "://" in own else own
+    return _URL_IN_TEXT.sub(lambda found: found[1] + "?…" * bool(found[2]), own) if "://" in own else own
 
 
 def values_without_queries(value: Any, cut: Callable[[str], str] = without_queries) -> Any:
