@@ -33,7 +33,10 @@ class LocalFolder:
 
     def __init__(self, path: Path, *, folds_case: bool | None = None) -> None:
         self.path = final(path.absolute())
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.path)) from None
         self._folds_case = self._tries_case() if folds_case is None else folds_case
 
     def _tries_case(self) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +27,8 @@ TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "stat
 FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
 # Tasks in a piece of a streamed report: some 100 kB.
 CSV_PART = 500
+# In these folders a name stands for an open file. `/dev/stdout` may be one on the disk.
+DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 # A spreadsheet treats a cell that begins with one of these as a formula. Error texts and ids come from outside.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -100,12 +105,37 @@ def _harmless(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
+def check(path: Path) -> None:
+    """Raise the OSError of `write` that can be known before. Makes the folder."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not _is_device(path):
+        LocalFolder(path.parent)  # tries a file in it
+
+
 def write(path: Path, name: str, found: Iterable[dict[str, Any]]) -> None:
-    """Write a report: CSV if the file's name ends in `.csv`, else JSON. A failed write leaves no file."""
-    with LocalFolder(path.parent, folds_case=False).writing([path.name]) as raw:
+    """Write a report: CSV if the file's name ends in `.csv`, else JSON. A failed write leaves no file.
+
+    A device or a pipe (`/dev/stdout`) is written to. Replaced like a file, it was gone for every other program.
+    """
+    check(path)
+    with (
+        path.open("wb") if _is_device(path) else LocalFolder(path.parent, folds_case=False).writing([path.name]) as raw
+    ):
         with io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".csv":
                 write_csv(file, found)
             else:
                 write_json(file, name, found)
             file.flush()
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is a device or a pipe, of this user or of root. Another user's could take the report."""
+    if path.absolute().parent in DEVICES:
+        return True
+    try:
+        state = path.stat()
+    except OSError:
+        return False
+    return not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)) and state.st_uid in (0, os.geteuid())

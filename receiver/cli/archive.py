@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +15,7 @@ import typer
 from receiver.base.visible import visible
 from receiver.cli.opening import opened
 from receiver.cli.operate import DryRun, Json, Since, Until
-from receiver.cli.terminal import json_text, say, say_json, write
+from receiver.cli.terminal import json_text, say, say_json, write, writing_to
 from storage.operations.counted import counted
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def audit(
             max_bytes_per_second=max_bytes_per_second,
         )  # fmt: skip
         repairer = Repairer(parts.database, parts.bucket, parts.schedule, spool_dir=parts.settings.spool_dir)
-        counts = _print_audit(looking, resume, repairer if repair else None, as_json)
+        with writing_to(resume) if resume else nullcontext():
+            counts = _print_audit(looking, resume, repairer if repair else None, as_json)
     if counts.faults:
         if not repair and not as_json:
             say(REPAIR, err=True)
@@ -132,7 +133,12 @@ def export(
     files = copied_bytes = 0
     faults: list[dict[str, str]] = []
     accepted: list[dict[str, str]] = []
-    with opened(starts_store=True) as parts, _progress("exporting", parts.bucket, None) as advance:
+    again = "; repeat the command then: the files that are there are kept"
+    with (
+        opened(starts_store=True) as parts,
+        writing_to(folder, again),
+        _progress("exporting", parts.bucket, None) as advance,
+    ):
         for exported in Export(parts.database, parts.bucket, folder).run(_chosen(parts, task, since, until)):
             advance(1)
             files, copied_bytes = files + exported.files, copied_bytes + exported.bytes

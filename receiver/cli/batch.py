@@ -13,7 +13,7 @@ import typer
 from receiver.cli.opening import opened
 from receiver.cli.operate import DryRun, Json, _answer
 from receiver.cli.serve import AllowHttp
-from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json
+from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json, writing_to
 from storage.keys import as_argument
 from storage.operations.counted import counted
 
@@ -130,8 +130,9 @@ def export(
     with opened(needs_bucket=False) as parts:
         lines = batch_report.lines(parts.database, _batches(parts), name)
         _batches(parts).counts(name)  # fails for an unknown batch before the file is created
-        if output is not None:
-            batch_report.write(output, name, lines)
+        if output is not None and str(output) != "-":
+            with writing_to(output):
+                batch_report.write(output, name, lines)
         elif format == "csv":
             batch_report.write_csv(CsvOutput(), lines)
         else:
@@ -155,6 +156,9 @@ def submit(
     if report and not wait:
         raise typer.BadParameter("needs --wait; `receiver batch export` writes the report later", param_hint="--report")
     is_file_name, name = name is None, name or _name_of(file)
+    if not dry_run:
+        for path in report:
+            _check_report(path, file)
     from receiver.batch.batch_file import BatchInvalid
 
     with _parts_of(allow_http, store, dry_run=dry_run) as parts:
@@ -178,6 +182,18 @@ def submit(
             _show(parts, name, counts, as_json=as_json)
         else:
             _show_put(parts, plan, as_json=as_json)
+
+
+def _check_report(path: Path, file: str) -> None:
+    """Refuse a report that could not be written before anything is sent: a batch may take all night."""
+    from receiver.batch import batch_report
+
+    if str(path) == "-":
+        raise typer.BadParameter("name a file; `receiver batch export` prints the report", param_hint="--report")
+    if path.exists() and Path(file).exists() and path.samefile(file):
+        raise typer.BadParameter(f"{path} is the batch itself", param_hint="--report")
+    with writing_to(path):
+        batch_report.check(path)
 
 
 def _name_of(file: str) -> str:
@@ -267,7 +283,8 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
         say(f"stopped watching; the workers go on; {_next(name)}", err=True)
         raise typer.Exit(1) from None
     for path in report:
-        batch_report.write(path, name, batch_report.lines(parts.database, of, name))
+        with writing_to(path, f"; `receiver batch export --output FILE {as_argument(name)}` writes it again"):
+            batch_report.write(path, name, batch_report.lines(parts.database, of, name))
     return counts
 
 

@@ -6,12 +6,16 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from receiver.base.visible import visible
 from storage.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import RenderableType
     from rich.text import Text
 
@@ -20,7 +24,20 @@ PIPE_COLUMNS = 4_000
 
 
 class OutputFailed(UserError):
-    """Standard output accepts nothing more, for example because the disk is full."""
+    """Standard output, a file or a folder accepts nothing more, for example because the disk is full."""
+
+
+@contextmanager
+def writing_to(path: Path, advice: str = "") -> Iterator[None]:
+    """Report a file or folder that cannot be written in one line, with the system's reason."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader of standard output has closed it
+        raise
+    except OSError as error:
+        other = str(error.filename or "")
+        place = f" ({other})" if other.startswith("/") and other != str(path.absolute()) else ""
+        raise OutputFailed(f"{path} cannot be written: {error.strerror or error}{place}{advice}") from error
 
 
 def say(*lines: str, err: bool = False) -> None:

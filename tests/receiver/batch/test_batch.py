@@ -9,6 +9,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
@@ -30,6 +31,7 @@ from storage.accounts import batches
 from storage.accounts.batches import Counts
 from storage.archive.delete import delete
 from storage.database.sessions import Database
+from storage.errors import UserError
 from storage.operations import heartbeats
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, CallbackState, TaskState
@@ -506,8 +508,9 @@ def command(parts: Parts, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.
                 main.app(list(words))
             except SystemExit as end:
                 code = int(end.code or 0)
-            except LookupError:
-                code = 1  # as `main.main` ends
+            except UserError as error:  # as `main.main` ends
+                code = 1
+                err.write(f"{error}\n")
         return Done(code, out.getvalue(), err.getvalue())
 
     return call
@@ -621,6 +624,48 @@ def test_waiting_ends_with_the_batch_and_writes_its_report(command: Command, par
     done = command("submit", "--batch", "night.jsonl", "--wait", "--report", "all.csv", "--report", "all.json")
     assert (done.code, "archived 2" in done.out) == (0, True)
     assert Path("all.csv").read_text().count(".png") == 2
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize(
+    ("report", "code", "why"),
+    [
+        ("folder", 1, "folder cannot be written: Is a directory"),
+        ("night.jsonl/all.csv", 1, "night.jsonl/all.csv cannot be written: Not a directory"),
+        ("./night.jsonl", 2, "night.jsonl is the batch itself"),
+        ("-", 2, "`receiver batch export` prints the report"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_sent(
+    report: str, code: int, why: str, command: Command, parts: Parts
+) -> None:
+    Path("folder").mkdir()
+    Path("night.jsonl").write_bytes(jsonl(*LINES))
+    done = command("submit", "--batch", "night.jsonl", "--wait", "--report", report)
+    assert (done.code, why in done.err, "Traceback" in done.err, rows(parts)) == (code, True, False, []), done.err
+    assert Path("night.jsonl").read_bytes() == jsonl(*LINES)
+
+
+@ONE_DATABASE
+def test_a_report_is_written_to_a_pipe_that_stays_one(tmp_path: Path, parts: Parts) -> None:
+    put(parts, *LINES)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(pipe.read_bytes)
+        batch_report.write(pipe, "night", batch_report.lines(parts.database, of(parts), "night"))
+        assert len(json.loads(reading.result(10))["tasks"]) == len(LINES)
+    assert pipe.is_fifo()
+
+
+@ONE_DATABASE
+def test_a_report_to_an_open_file_replaces_no_device(tmp_path: Path, parts: Parts) -> None:
+    put(parts, *LINES)
+    with (tmp_path / "all.csv").open("wb") as file:
+        batch_report.write(
+            Path(f"/dev/fd/{file.fileno()}"), "night", batch_report.lines(parts.database, of(parts), "night")
+        )
+        assert os.fstat(file.fileno()).st_size == (tmp_path / "all.csv").stat().st_size > 0
 
 
 @ONE_DATABASE

@@ -249,6 +249,24 @@ def test_retry_as_without_failures_names_no_missing_batch(ready: CommandLine) ->
     assert done.err == "nothing of good failed at the provider; `receiver batch status good` shows how it stands\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("export", "file", "--all"), "file cannot be written: Not a directory; repeat the command then"),
+        (("audit", "--resume", "missing/log"), "missing/log cannot be written: No such file or directory"),
+        (("batch", "export", "good", "--output", "file/x.csv"), "file/x.csv cannot be written: Not a directory"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_in_one_line(
+    words: tuple[str, ...], said: str, ready: CommandLine
+) -> None:
+    (ready.folder / "file").touch()
+    (ready.folder / "good.csv").write_text("model_name,prompt\nkling-image-o1,a boat\n")
+    ready("submit", "--batch", "good.csv")
+    done = ready(*words)
+    assert (done.code, done.err.count("\n"), done.err.startswith(said)) == (1, 1, True), done.err
+
+
 def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path) -> None:
     err, words = tmp_path / "err", (*ASK, "--external-task-id", "a b", "--wait")
     process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
