@@ -206,7 +206,10 @@ class Parts:
         from receiver.gateway.openapi import document
         from receiver.gateway.queries import Queries
 
-        creates = Creates(self.database, self.submitter, self.response_format, chosen.callback_policy)
+        creates = Creates(
+            self.database, self.submitter, self.response_format, chosen.callback_policy,
+            own_only=chosen.gateway_tasks == "own",
+        )  # fmt: skip
         queries = Queries(self.database, self.response_format)
         return Gateway(self._api_keys(), creates, queries, document(receiver.__version__, chosen.public_url))
 

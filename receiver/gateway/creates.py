@@ -104,16 +104,23 @@ class DuplicateWait:
 class Creates:
     """The synchronous half of `POST …/omni-image`. Safe for threads.
 
-    `callback_policy`: the hosts that clients may name for callbacks.
+    `callback_policy`: the hosts that clients may name for callbacks. `own_only`: see `ApiKeys`.
     """
 
     def __init__(
-        self, database: Database, submitter: Submitter, response_format: ResponseFormat, callback_policy: AddressPolicy
+        self,
+        database: Database,
+        submitter: Submitter,
+        response_format: ResponseFormat,
+        callback_policy: AddressPolicy,
+        *,
+        own_only: bool = False,
     ) -> None:
         self._database = database
         self._submitter = submitter
         self._response_format = response_format
         self._callback_policy = callback_policy
+        self._own_only = own_only
         self._sends, self._send_ended = 0, threading.Condition()
 
     def read(self, body: bytes | bytearray, client: str, key_word: str) -> CreateRequest:
@@ -182,7 +189,7 @@ class Creates:
         """The row of a new id, or of one whose create was refused: Kling lets such an id be used again."""
         if self._submitter.insert(session, wanted):
             return wanted
-        again = self._submitter.insert_again(session, wanted)
+        again = self._submitter.insert_again(session, wanted, of_client=wanted.client if self._own_only else None)
         if again is None:
             raise already_exists(wanted.external_task_id)
         if key:

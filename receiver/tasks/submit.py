@@ -171,12 +171,13 @@ class Submitter:
             raise NoSlots(ALL_HELD)
         return new
 
-    def insert_again(self, session: Session, wanted: Task) -> Task | None:
+    def insert_again(self, session: Session, wanted: Task, *, of_client: str | None = None) -> Task | None:
         """Send the request again with the row of the same external id, whose create the provider refused.
 
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
         the id is taken: also by a create that may have been accepted, one that was called back and is to be read, and
-        another request of a batch. Raises `NoSlots`, `AccountRefused` and `NoRoom`.
+        another request of a batch. `of_client`: only a row that this client asked for; None: any. Raises `NoSlots`,
+        `AccountRefused` and `NoRoom`.
         """
         wanted.queued_at, wanted.slots = None, abs(wanted.slots)  # `insert` may have put it into the queue
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
@@ -187,6 +188,8 @@ class Submitter:
         row = tasks.lock(session, found.id) if found else None
         if row is None or row.state is not TaskState.FAILED or was_accepted(row):
             return None
+        if of_client not in (None, row.client):
+            return None  # its events are another client's
         if row.lease is not None or row.deleted_at is not None or may_prove_accepted(session, row):
             return None
         if row.batch_id is not None and row.request_hash != wanted.request_hash:

@@ -10,9 +10,10 @@ import pytest
 
 from receiver.app.wiring import Parts
 from receiver.gateway.api_keys import client_of
+from receiver.sandbox import Sandbox
 from storage.rows.events import EventName, record
 from tests.pipeline import Web, insert_row
-from tests.receiver.gateway.test_gateway import KEY, OTHER_KEY, PATH, call
+from tests.receiver.gateway.test_gateway import KEY, OTHER_KEY, PATH, PLAIN, call, create, status_and_code, task_of
 from tests.receiver.web.test_event_stream import reading, take
 
 
@@ -74,3 +75,12 @@ def test_a_key_is_sent_events_of_its_own_tasks_alone(web: Web, parts: Parts) -> 
         for name, client in more.items():
             succeed(parts, name, client)
         assert subjects(take(messages, 1)) == ["theirs again"]
+
+
+def test_a_refused_id_is_free_for_the_key_that_used_it_alone(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    """The row of the refused create, with its events, became another key's."""
+    sandbox.set(create_faults=["1303"])
+    assert create(web, {**PLAIN, "external_task_id": "mine"}).status_code == 429
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": "mine"}, key=OTHER_KEY)) == (400, 1201)
+    assert task_of(parts, "mine").client == client_of(KEY)
+    assert create(web, {**PLAIN, "external_task_id": "mine"}).status_code == 200
