@@ -132,8 +132,8 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
     size, number = 0, 0
     while len(faults) < MAX_FAULTS and (line := file.readline(MAX_LINE_BYTES + 1)):
         size, number = size + len(line), number + 1
-        if number == 1 and line.startswith(UTF_16):
-            faults.append(Fault(1, 'is UTF-16, as Excel\'s "Unicode Text" is; save the file as UTF-8 ("CSV UTF-8")'))
+        if number == 1 and (other := _other_format(line)):
+            faults.append(Fault(1, other))
             return
         if size > MAX_FILE_BYTES:
             faults.append(Fault(number, f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB; split it"))
@@ -149,6 +149,20 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
         except UnicodeDecodeError as error:
             faults.append(Fault(number, f'is not UTF-8 (byte {error.start + 1}); save the file as UTF-8 ("CSV UTF-8")'))
             yield number, None
+
+
+def _other_format(line: bytes) -> str | None:
+    """What a file with this first line is, and what to do; None if it may be one of ours."""
+    as_utf_8 = 'save the file as UTF-8 ("CSV UTF-8")'
+    if line.startswith(b"PK\x03\x04"):
+        return f"is a workbook or an archive; {as_utf_8}"
+    if line.startswith(b"\x1f\x8b"):
+        return "is compressed; unpack it, or pipe it: `zcat FILE | receiver submit --batch - --name NAME`"
+    if line.startswith(UTF_16) or b"\0" in line[:100]:
+        return f'is UTF-16, as Excel\'s "Unicode Text" is, or no text; {as_utf_8}'
+    if b"\r" in line.strip(b"\r\n"):
+        return f'its lines end as those of Excel\'s "CSV (Macintosh)"; {as_utf_8}'
+    return "is JSON over several lines; write one request a line, {…}" if line.strip() in (b"[", b"{") else None
 
 
 def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:

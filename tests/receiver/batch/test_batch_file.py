@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import time
+import zipfile
 from dataclasses import replace
 from decimal import Decimal
 from io import BytesIO, StringIO
@@ -69,14 +71,21 @@ def jsonl(*lines: Any) -> bytes:
     return b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines)
 
 
-def read(content: bytes, format: Format = "jsonl", name: str = "night") -> list[Line]:
+def read(content: bytes, format: Format | None = "jsonl", name: str = "night") -> list[Line]:
     return batch_file.read(BytesIO(content), format, name, parse_request)
 
 
-def faults_in(content: bytes, format: Format = "jsonl", name: str = "night") -> list[tuple[int, str]]:
+def faults_in(content: bytes, format: Format | None = "jsonl", name: str = "night") -> list[tuple[int, str]]:
     with pytest.raises(BatchInvalid) as caught:
         read(content, format, name)
     return [(fault.line, fault.text) for fault in caught.value.faults]
+
+
+def zipped(content: bytes) -> bytes:
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", content)
+    return file.getvalue()
 
 
 def faulty_file() -> bytes:
@@ -107,6 +116,25 @@ def test_every_fault_is_listed_with_its_line() -> None:
 def test_file_is_not_read_on_behind_ten_thousand_faults(content: bytes, format: Format) -> None:
     found = faults_in(content, format)
     assert len(found) < MAX_FAULTS + 10 and found[-1][1] == "the rest of the file is not checked: 10,000 faults"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("model_name,prompt\nm,p\n".encode("utf-16-le"), "is UTF-16"),
+        (zipped(b"model_name,prompt\nm,p\n" * 99), "is a workbook or an archive; save the file as UTF-8"),
+        (gzip.compress(jsonl(GOOD)), "is compressed; unpack it"),
+        (b"model_name,prompt\rm,p\rm,q\r", "CSV (Macintosh)"),
+        (jsonl(GOOD, GOOD).replace(b"\n", b"\r"), "CSV (Macintosh)"),
+        (json.dumps([GOOD, GOOD], indent=1).encode(), "JSON over several lines; write one request a line"),
+        (json.dumps(GOOD, indent=1).encode(), "JSON over several lines; write one request a line"),
+    ],
+    ids=["UTF-16 without a mark", "workbook", "gzip", "CR", "CR in JSON", "array", "object"],
+)
+def test_a_file_of_another_format_is_named_in_one_line(content: bytes, named: str) -> None:
+    for format in (None, "csv", "jsonl"):
+        ((line, text),) = faults_in(content, format)
+        assert line == 1 and named in text
 
 
 def test_cell_of_very_many_images_is_one_fault() -> None:
