@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
@@ -37,7 +37,7 @@ from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState, CallbackState
-from storage.url_parts import address_of, may_hold_query, urls_without_queries, values_without_queries
+from storage.url_parts import address_of, urls_without_queries, without_queries
 
 log = structlog.get_logger()
 
@@ -73,8 +73,8 @@ _JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":
 FRACTION = re.compile(r'(?:":|[\[,])-?[0-9]+[.e]')
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
-# Members with texts of others. Ids and keys, which `rebuild` compares, stay as they are.
-FOREIGN = {"delivery", "error", "note", "notes", "source", "fetched"}
+# Columns with texts of others. Ids and keys, which `rebuild` compares, stay as they are.
+FOREIGN = {"error", "notes", "fetched"}
 
 NOW = db_now()
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
@@ -221,24 +221,20 @@ def build(
         "schema": SCHEMA,
         "tool_version": version,
         "predecessor": predecessor,
-        "task": {**_columns(task, OF_TASK), **decided, "aliases": list(aliases)},
-        "request": task.request,
+        "task": {**_columns(task, OF_TASK), **decided, "aliases": without_signatures(aliases)},
+        "request": without_signatures(task.request, urls_without_queries),
         "assets": [
-            {**_columns(asset, OF_ASSET), **_columns(asset, ODD, only_set=True), "source": asset.source_url}
+            {
+                **_columns(asset, OF_ASSET),
+                **_columns(asset, ODD, only_set=True),
+                "source": without_signatures(asset.source_url, without_queries),
+            }
             for asset in assets
         ],
     }
-    plain = without_signatures(content)
-    dumped = {name: _dump(value, is_ours=name != "request") for name, value in plain.items()}
+    dumped = {name: _dump(value, is_ours=name != "request") for name, value in content.items()}
     dumped["delivery"] = _delivery(delivery) if delivery else b"null"
-    if may_hold_query((whole := _members(dumped)).decode()):  # rare
-        found = _parsed(whole)
-        for row in (found, found["task"], *found["assets"]):
-            row.update(values_without_queries({name: row[name] for name in row.keys() & FOREIGN}))
-        found["request"] = values_without_queries(found["request"], urls_without_queries)
-        dumped = {name: _dump(value, is_ours=False) for name, value in found.items()}
-        whole = _members(dumped)
-    digest = hashlib.sha256(whole).hexdigest()
+    digest = hashlib.sha256(_members(dumped)).hexdigest()
     return _members({**dumped, "digest": _dump(digest, is_ours=True)}), digest
 
 
@@ -292,7 +288,7 @@ def _delivery(delivery: Any) -> bytes:
     with suppress(ValueError, RecursionError):
         body = json.loads(delivery.body)
         if delivery.body.count(b"[") + delivery.body.count(b"{") <= MAX_DEPTH or not _is_deep(body):
-            return _dump(without_signatures({**member, "body": body}), is_ours=False)
+            return _dump(without_signatures({**member, "body": body}, without_queries), is_ours=False)
     return _dump(without_signatures(member), is_ours=False)
 
 
@@ -304,19 +300,26 @@ def _is_deep(value: Any, levels: int = MAX_DEPTH) -> bool:
 def _columns(row: Task | Asset, names: Sequence[str], *, only_set: bool = False) -> dict[str, Any]:
     """The columns of a row that belongs to no session. Reading one through the model takes four times as long."""
     values = vars(row)
-    return {name: values[name] for name in names if not only_set or values[name]}
+    return {
+        name: without_signatures(values[name], without_queries if name in FOREIGN else str)
+        for name in names
+        if not only_set or values[name]
+    }
 
 
-def without_signatures(value: Any) -> Any:
-    """`value` in JSON's types, with every URL cut before `?` and with numbers that RFC 8785 can carry."""
+def without_signatures(value: Any, cut: Callable[[str], str] = str) -> Any:
+    """`value` in JSON's types, with every URL cut before `?`, and with numbers that RFC 8785 can carry.
+
+    `cut`: of every other text and name, `str` leaves them as they are.
+    """
     if isinstance(value, str):
-        return address_of(value.encode("utf-8", "replace").decode())  # lone surrogates have no UTF-8 form
+        return cut(address_of(value.encode("utf-8", "replace").decode()))  # lone surrogates have no UTF-8 form
     if isinstance(value, int):
         return value if abs(value) <= MAX_EXACT_INTEGER else str(value)
     if isinstance(value, dict):
-        return {name: without_signatures(inner) for name, inner in value.items()}
+        return {cut(name): without_signatures(inner, cut) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [without_signatures(inner) for inner in value]
+        return [without_signatures(inner, cut) for inner in value]
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, UUID):
