@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from storage.errors import AssetDamaged
-from storage.fetch.structure import Reader, Size, check_frames, sized
+from storage.fetch.structure import Reader, Size, check_frames, check_pixels, sized
 
 
 def walk_gif(reader: Reader) -> Size:
@@ -14,7 +14,9 @@ def walk_gif(reader: Reader) -> Size:
     _skip_colours(reader, flags)
     while (block := _next_block(reader)) != b"\x3b":
         if block == b"\x2c":
-            _skip_colours(reader, reader.take(9)[8])
+            left, top, width, height, colours = struct.unpack("<HHHHB", reader.take(9))
+            check_pixels(left + width, top + height)  # a decoder enlarges the picture for a frame beyond it
+            _skip_colours(reader, colours)
             reader.take(1)
             frames += 1
             check_frames(frames)

@@ -109,9 +109,13 @@ class Reader:
 def sized(width: int, height: int) -> Size:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
         raise AssetDamaged(f"{width} × {height} pixels is not a picture size")
+    check_pixels(width, height)
+    return Size(width, height)
+
+
+def check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise AssetDamaged(f"{width} × {height} pixels, more than {MAX_PIXELS} allowed")
-    return Size(width, height)
 
 
 def check_frames(frames: int) -> None:

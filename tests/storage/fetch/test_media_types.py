@@ -128,6 +128,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "jpeg in a jpeg": (b"\xff\xd8\xff\xd8\xff\xd9", "no segment"),
     "gif + html": (picture("GIF") + b"<html>", "6 bytes after the end hold markup"),
     "gif 10,000 frames": (b"GIF89a\2\0\2\0\0\0\0" + (b"\x2c" + b"\0" * 11) * 10_000 + b"\x3b", "1000 frames"),
+    "gif with a frame of 4 gigapixels": (
+        b"GIF89a\1\0\1\0\0\0\0\x2c\0\0\0\0\xff\xff\xff\xff\0\2\2\x44\1\0\x3b",
+        "65535 × 65535 pixels, more",
+    ),
     "gif without a frame": (b"GIF89a\2\0\2\0\0\0\0\x3b", "no picture data"),
     "gif of no width": (b"GIF89a\0\0\2\0\0\0\0\x3b", "not a picture size"),
     "webp + html": (picture("WEBP") + b"<html>", "6 bytes after the end hold markup"),
