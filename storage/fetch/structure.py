@@ -16,7 +16,7 @@ from storage.spool import memory_of
 
 try:
     from isal.isal_zlib import crc32  # 0.05 ms for 3 MB, zlib's takes 0.69
-except ImportError:  # no wheel for this machine
+except ImportError:  # not a dependency on this platform
     from zlib import crc32
 
 BLOCK_BYTES = 256 * 1024
