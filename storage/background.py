@@ -1,4 +1,4 @@
-"""Work beside other work: a thread that ends with its block of code, and turns with rests between them."""
+"""Work beside other work: a thread that ends with its block of code, a check, and turns with rests between them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,47 @@ def background_thread(name: str, work: Callable[[threading.Event], None]) -> Ite
     finally:
         ended.set()
         thread.join()
+
+
+class BackgroundCheck:
+    """The latest result of `check`, which runs in a thread of its own when a result is asked for. Thread-safe.
+
+    A caller waits `max_wait_seconds` for a check that is under way, and otherwise gets the previous result, at first
+    `before`. A result older than `refresh_seconds` starts a new check. `check` raises nothing.
+    """
+
+    def __init__(
+        self, name: str, check: Callable[[], str], before: str, *, refresh_seconds: float, max_wait_seconds: float
+    ) -> None:
+        self._name = name
+        self._check = check
+        self._state = before
+        self._refresh_seconds, self._max_wait_seconds = refresh_seconds, max_wait_seconds
+        self._lock = threading.Lock()
+        self._checking: threading.Thread | None = None
+        self._checked_at = float("-inf")
+        self._began_at = 0.0
+
+    def state(self) -> str:
+        with self._lock:
+            checking = self._checking
+            if checking is None and time.monotonic() > self._checked_at + self._refresh_seconds:
+                checking = self._checking = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._began_at = time.monotonic()
+                checking.start()
+        if checking is not None:
+            checking.join(self._max_wait_seconds)
+        return self._state
+
+    def unanswered_seconds(self) -> float:
+        """How long the check under way has taken; 0.0 = none is under way."""
+        with self._lock:
+            return time.monotonic() - self._began_at if self._checking is not None else 0.0
+
+    def _run(self) -> None:
+        state = self._check()
+        with self._lock:
+            self._state, self._checked_at, self._checking = state, time.monotonic(), None
 
 
 async def abort(scope: Mapping[str, Any], receive: Receive) -> None:

@@ -28,6 +28,7 @@ from receiver.app.wiring import Parts
 from receiver.base import config, env_file
 from receiver.base.sink_setting import Entry
 from receiver.providers.base import Provider, ProxyUnavailable, Unavailable
+from receiver.providers.kling.answers import NotKling
 from receiver.providers.kling.client import Kling
 from storage import states
 from storage.accounts import pauses
@@ -294,14 +295,22 @@ def provider(parts: Parts) -> Iterator[Result]:
         advice = f"check RECEIVER_EGRESS_PROXY, and that the proxy runs and permits connections to {host}"
         yield Result("provider", Status.FAULT, str(error), advice)
     except ProviderUnavailable as error:
-        advice = "check RECEIVER_KLING_BASE_URL and the way to it, or set RECEIVER_EGRESS_PROXY"
-        if "WRONG_VERSION_NUMBER" in str(error):  # OpenSSL's message for an answer that is not TLS
-            advice = "its port speaks no TLS: correct the port, or write http:// in RECEIVER_KLING_BASE_URL"
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            advice = "add the CA of its certificate to those that this host trusts, or set SSL_CERT_FILE to its file"
-        yield Result("provider", Status.FAULT, f"{host} did not answer in Kling's format ({error})", advice)
+        yield _unavailable(host, error)
     else:
         yield Result("provider", Status.OK, f"{host} takes our credentials")
+
+
+def _unavailable(host: str, error: ProviderUnavailable) -> Result:
+    if not isinstance(error, NotKling) and isinstance(error, Unavailable) and error.sent:
+        advice = "if it lasts, ask the provider; tasks wait for it and are tried again by themselves"
+        return Result("provider", Status.FAULT, f"{host} is reached and does not work ({error})", advice)
+    advice = "check RECEIVER_KLING_BASE_URL and the way to it, or set RECEIVER_EGRESS_PROXY"
+    if "WRONG_VERSION_NUMBER" in str(error):  # OpenSSL's message for an answer that is not TLS
+        advice = "its port speaks no TLS: correct the port, or write http:// in RECEIVER_KLING_BASE_URL"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        advice = "add the CA of its certificate to those that this host trusts, or set SSL_CERT_FILE to its file"
+    line = "did not answer in Kling's format" if isinstance(error, NotKling) else "cannot be reached"
+    return Result("provider", Status.FAULT, f"{host} {line} ({error})", advice)
 
 
 def _call_without_cost(provider: Provider) -> None:

@@ -38,6 +38,7 @@ SHOWN_FAULTS = 20
 # Tasks or deliveries of each kind that need a person.
 SHOWN_EACH = 5
 STORE_ERRORS = (*store_errors.MESSAGES, *spool.MESSAGES)
+PROVIDER_ADVICE = "`receiver check` asks the provider, and says what to do; tasks are tried again by themselves"
 STORE_ADVICE = "`receiver check` tests the store and the spool folder, and says what to do"
 
 
@@ -204,7 +205,7 @@ def summary(found: Measures) -> str:
         "audit faults": found.audit_faults,
     }
     parts += [f"{count} {words}" for words, count in wrong.items() if count]
-    parts += waiting_lines(found.store_waits)
+    parts += waiting_lines(found.store_waits, found.provider_waits)
     parts += ["audit behind its days"] if found.audit_late else []
     parts += _sinks(found)
     parts.append(
@@ -227,7 +228,7 @@ def _accounts(found: Measures) -> Iterator[str]:
         if account.slot_limit is not None:
             yield f"{name}: {account.slots_held} of {counted(account.slot_limit, 'slot')} held, {waits}"
         elif account.tasks_queued:
-            yield f"{name}: {waits}" + ("" if account.pauses else " for slots")
+            yield f"{name}: {waits} in the queue"
 
 
 def _sinks(found: Measures) -> Iterator[str]:
@@ -274,6 +275,8 @@ def show_latest(parts: Parts, limit: int) -> None:
     say(summary(found))
     if found.store_waits:
         say(STORE_ADVICE)
+    if found.provider_waits:
+        say(PROVIDER_ADVICE)
     if shortage := parts.database.shortage():
         say(f"callbacks are answered 503: {shortage}")
     say(*_concerned(parts, found))

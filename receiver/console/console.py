@@ -66,7 +66,7 @@ class Console:
 
     def _looking(self, files: Files) -> list[BaseRoute]:
         guard, of = self._guard, self._of
-        gallery, standing = Gallery(of, files, self._thumbnails), StandingPages(of, self._needs)
+        gallery, standing = Gallery(of, files, self._thumbnails), StandingPages(of)
         tasks, deliveries, batches = Tasks(of), Deliveries(of), self._batches
         return [
             guard.page("/console", self._overview.show),

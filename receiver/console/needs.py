@@ -19,9 +19,10 @@ from storage.operations.measures import Measures, at_most, measure
 
 # Every page needs these numbers. Ten consoles share one query.
 FRESH_SECONDS = 3.0
-STORE_SECONDS = 0.1  # The longest that a page waits for the bucket. The next page shows a later result.
+STORE_SECONDS = 0.1  # The longest that a page waits for the bucket, or for a write. The next page shows a later result.
 # A store that has not answered for this long is called slow, also on the first page after the start.
 SLOW_SECONDS = 2.0
+CHECK = "/console/settings#check"
 
 
 class Need(NamedTuple):
@@ -48,6 +49,7 @@ class Needs:
         self._of = of
         self._store = BucketAvailability(of.bucket, max_wait_seconds=STORE_SECONDS)
         self._store.state()  # starts its background check
+        self._writes = heartbeats.WriteCheck(of.database, max_wait_seconds=STORE_SECONDS)
         self._lock = threading.Lock()
         self._seen: tuple[float, int, Standing] | None = None
         self._acts = 0
@@ -87,29 +89,30 @@ class Needs:
             values = {"account": pause.provider, "model": short(pause.model, 60), "said": short(pause.said)}
             yield Need("bad", "model" if pause.model else "account", "/console/tasks?state=created", values)
         state, waited = self._store.state(), self._store.unanswered_seconds()
-        if state not in ("ok", NO_ANSWER_YET):
-            yield Need("bad", "store", "/console/archive", {"reason": short(state)})
-        elif waited > SLOW_SECONDS:
+        faults = {
+            "store": "" if state in ("ok", NO_ANSWER_YET) else state,
+            "room": self._of.database.shortage(),
+            "database": "" if workers else self._writes.state(),
+        }
+        yield from (Need("bad", key, CHECK, {"reason": short(fault)}) for key, fault in faults.items() if fault)
+        if waited > SLOW_SECONDS and not faults["store"]:
             yield Need("wait", "slow", "/console/archive", {"time": seconds(waited, "en")})
-        if not workers:
+        for cause in list(found.provider_waits)[:1]:
+            yield Need("wait", "provider", CHECK, {"n": sum(found.provider_waits.values()), "reason": short(cause)})
+        if not workers and not faults["database"]:
             yield Need("bad", "workers", "/console/settings", {"due": at_most(found.due)})
-        if found.deadline_near:
-            yield Need("bad", "deadline", "/console/tasks?files=expiring", {"n": found.deadline_near})
-        if found.failed_assets:
-            yield Need("bad", "failed", "/console/tasks?files=failed", {"n": found.failed_assets})
-        if count := attention.waiting_files(session):
-            yield Need("wait", "again", "/console/tasks?files=waiting", {"n": count})
-        if found.overdue and workers:
-            yield Need("wait", "overdue", "/console/tasks", {"n": at_most(found.overdue)})
-        if found.events_dead:
-            yield Need("bad", "dead", "/console/events?state=dead", {"n": found.events_dead})
+        counts = (
+            ("bad", "deadline", "tasks?files=expiring", found.deadline_near),
+            ("bad", "failed", "tasks?files=failed", found.failed_assets),
+            ("wait", "again", "tasks?files=waiting", attention.waiting_files(session)),
+            ("wait", "overdue", "tasks", at_most(found.overdue) if workers else 0),
+            ("bad", "dead", "events?state=dead", found.events_dead),
+            ("wait", "unmatched", "deliveries?state=unmatched", found.unmatched),
+            ("wait", "rejected", "deliveries?state=refused", attention.refused_lately(session)),
+            ("bad", "audit", "archive", found.audit_faults),
+        )
+        yield from (Need(kind, key, f"/console/{link}", {"n": n}) for kind, key, link, n in counts if n)
         for name, reason in outbox.disabled(session).items():
             yield Need("bad", "disabled", "/console/events", {"sink": short(name, 40), "reason": short(reason)})
-        if found.unmatched:
-            yield Need("wait", "unmatched", "/console/deliveries?state=unmatched", {"n": found.unmatched})
-        if count := attention.refused_lately(session):
-            yield Need("wait", "rejected", "/console/deliveries?state=refused", {"n": count})
-        if found.audit_faults:
-            yield Need("bad", "audit", "/console/archive", {"n": found.audit_faults})
         for batch_id, name, open_tasks in attention.still_batches(session):
             yield Need("wait", "batch", f"/console/batches/{batch_id}", {"name": short(name, 60), "n": open_tasks})

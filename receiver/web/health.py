@@ -37,7 +37,8 @@ from storage.rows.group_commit import GroupCommit
 from storage.rows.models import Callback, Worker
 from storage.states import CallbackState
 
-# What the checks report that is no fault of the receiver: one refused file, or a client that refuses its callbacks.
+# What the checks report that is no fault of the receiver: one refused file, a provider that does not answer, or a
+# client that refuses its callbacks.
 REPORTED = frozenset({"waiting", "clients"})
 
 
@@ -155,7 +156,8 @@ class Health:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
             (dead, clients), disabled = measures.count_dead_events(session), outbox.disabled(session)
-            unusable, waits = measures.unusable_files(session), measures.store_waits(session)
+            unusable = measures.unusable_files(session)
+            waits = measures.waiting_lines(measures.store_waits(session), measures.provider_waits(session))
             paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
@@ -169,7 +171,7 @@ class Health:
             else "ok",
             "account": "; ".join(paused) or "ok",
             "files": str(unusable) if unusable.said else "ok",
-            "waiting": "; ".join(measures.waiting_lines(waits)) or "ok",
+            "waiting": "; ".join(waits) or "ok",
             "audit": f"{counted(faults, 'fault')}, see receiver status" if faults else "ok",
         }
 

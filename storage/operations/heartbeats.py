@@ -8,11 +8,14 @@ import uuid
 from collections.abc import Sequence
 
 from sqlalchemy import Uuid, bindparam, func, update
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session, col, delete, select
 
+from storage.background import BackgroundCheck
 from storage.database.clock import db_now, db_now_once
 from storage.database.prepared import execute
 from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable
 from storage.rows.models import Worker
 
 BEAT_SECONDS = 5.0
@@ -79,3 +82,18 @@ def count_alive(database: Database) -> int:
 
 def _count(session: Session) -> int:
     return session.exec(select(func.count()).select_from(Worker).where(_IS_ALIVE)).one()
+
+
+class WriteCheck(BackgroundCheck):
+    """`state`: why the database takes no writes; empty if it does, and before the first result."""
+
+    def __init__(self, database: Database, *, max_wait_seconds: float) -> None:
+        self._database = database
+        super().__init__("write-check", self._ask, "", refresh_seconds=BEAT_SECONDS, max_wait_seconds=max_wait_seconds)
+
+    def _ask(self) -> str:
+        try:
+            try_write(self._database)
+        except (DatabaseUnavailable, DBAPIError) as error:
+            return str(error)
+        return ""

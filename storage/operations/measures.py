@@ -27,10 +27,13 @@ from storage.states import UNMATCHED, ArchiveState, AssetState, CallbackState, S
 OVERDUE_SECONDS = 60
 # Due rows of a lane that are counted for a page: 100,000 take 20 ms of CPU.
 MAX_DUE = 100_000
+# Tasks of a step that are due soonest. Those whose call to the provider failed are among them, because their next try
+# comes within minutes.
+PROVIDER_WAITS_READ = 2_000
 # Files whose next try is the latest. Those that the store refused are among them, because untried files are due before.
 # Reading this many rows takes some milliseconds, however many wait.
 STORE_WAITS_READ = 2_000
-STORE_CAUSES = 5
+CAUSES = 5
 # Each table, and the column that leads its due index with each value that a due row has: the oldest come first in each.
 WAITING: tuple[tuple[Any, Any], ...] = (
     *((Task, col(Task.step) == step) for step in Step),
@@ -67,9 +70,9 @@ class SinkMeasures:
 class Measures:
     """The current rows in numbers. Fields named `…_day`: tasks that ended within the last 24 h.
 
-    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `store_waits`: see the function of this
-    name. `unusable_files`: files whose hosts answer with something unusable and that are still tried,
-    `unusable_seconds`: age of the oldest, `incomplete_open`: tasks that are incomplete because of them.
+    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `store_waits`, `provider_waits`: see the
+    functions of these names. `unusable_files`: files whose hosts answer with something unusable and that are still
+    tried, `unusable_seconds`: age of the oldest, `incomplete_open`: tasks that are incomplete because of them.
     `callbacks_expected`: tasks that ended in the last 24 h, at least five minutes ago, and asked for a callback.
     `callbacks_lost`: those of them whose end no callback reported. `callbacks_late`: tasks whose callback came after a
     read had reported the end. `late_seconds`: the longest of those delays. `events_open`: undelivered events, counted
@@ -89,6 +92,7 @@ class Measures:
     unmatched: int
     deadline_near: int
     store_waits: dict[str, int]
+    provider_waits: dict[str, int]
     unusable_files: int
     unusable_seconds: float
     incomplete_open: int
@@ -152,6 +156,7 @@ def measure(
         unmatched=session.exec(select(func.count()).select_from(Callback).where(text(UNMATCHED))).one(),
         deadline_near=count_deadline_near(session, deadline_seconds),
         store_waits=store_waits(session),
+        provider_waits=provider_waits(session),
     )
 
 
@@ -213,7 +218,7 @@ def store_waits(session: Session) -> dict[str, int]:
     """How many files wait because the store was down or refused them, or because the spool folder has no room or cannot
     be used, by the message of their last try.
 
-    Covers the STORE_WAITS_READ files whose next try is the latest, and the STORE_CAUSES most frequent answers.
+    Covers the STORE_WAITS_READ files whose next try is the latest, and the CAUSES most frequent answers.
     """
     latest = select(Asset.error).where(col(Asset.due_at).is_not(None)).order_by(col(Asset.due_at).desc())
     error = latest.limit(STORE_WAITS_READ).subquery().c.error
@@ -221,11 +226,30 @@ def store_waits(session: Session) -> dict[str, int]:
     found: Counter[str] = Counter()
     for message, count in session.exec(select(error, func.count()).where(told).group_by(error)):
         found[store_errors.OBJECT_SIZE.sub("objects of their size", message)] += count
-    return dict(found.most_common(STORE_CAUSES))
+    return dict(found.most_common(CAUSES))
 
 
-def waiting_lines(store_waits: dict[str, int]) -> list[str]:
-    return [f"{counted(count, 'file waits', 'files wait')}: {cause}" for cause, count in store_waits.items()]
+def provider_waits(session: Session) -> dict[str, int]:
+    """How many tasks wait because their last call to the provider failed, by its answer, without those in work.
+
+    Covers the PROVIDER_WAITS_READ tasks of each step that are due soonest, and the CAUSES most frequent answers.
+    """
+    found: Counter[str] = Counter()
+    for step in (Step.CREATE, Step.READ):
+        due = select(Task.note, Task.attempts, Task.lease).where(Task.step == step, col(Task.due_at).is_not(None))
+        soonest = due.order_by(col(Task.due_at)).limit(PROVIDER_WAITS_READ).subquery().c
+        failed = (soonest.attempts > 0, soonest.lease.is_(None), soonest.note.is_not(None))
+        for note, count in session.exec(select(soonest.note, func.count()).where(*failed).group_by(soonest.note)):
+            if not note.startswith(tasks.DEFAULTED):
+                found[tasks.last_note(note)] += count
+    return dict(found.most_common(CAUSES))
+
+
+def waiting_lines(store_waits: dict[str, int], provider_waits: dict[str, int]) -> list[str]:
+    return [
+        *(f"{counted(count, 'file waits', 'files wait')}: {cause}" for cause, count in store_waits.items()),
+        *(f"{counted(count, 'task waits', 'tasks wait')}: {cause}" for cause, count in provider_waits.items()),
+    ]
 
 
 def count_overdue(session: Session) -> int:

@@ -231,3 +231,10 @@ def note_after_others(task: TaskColumns, note: str) -> str:
     """`note`, after the locked task's note of silence, or that it is not found, if it has one."""
     lasting = [first for first in (SILENT, NOT_FOUND) if task.note and task.note.startswith(first)]
     return "; ".join([*lasting, note])
+
+
+def last_note(note: str) -> str:
+    """What `note_after_others` put behind the other notes."""
+    for first in (SILENT, NOT_FOUND):
+        note = note.removeprefix(f"{first}; ")
+    return note

@@ -9,7 +9,6 @@ from starlette.responses import Response
 
 from receiver.base.visible import short
 from receiver.console.installation import CheckLine, Installation, note_act
-from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from storage.archive import continuous_audit
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -24,9 +23,8 @@ SHOWN_ACTS = 25
 class StandingPages:
     """The two pages."""
 
-    def __init__(self, of: Installation, needs: Needs) -> None:
+    def __init__(self, of: Installation) -> None:
         self._of = of
-        self._needs = needs
         self._sample = SampleAudit(of.database, of.bucket)
 
     def archive(self, visit: Visit) -> Response:
@@ -43,8 +41,7 @@ class StandingPages:
         )  # fmt: skip
 
     def sample(self, visit: Visit) -> Response:
-        began = self._sample.start(visit.session.name)
-        if began:
+        if began := self._sample.start(visit.session.name):
             note_act(self._of, visit.session.name, "audit", f"{SAMPLE} files")
         visit.say(visit.text("audit.began" if began else "audit.running"), bad=not began)
         return visit.redirect("/console/archive")

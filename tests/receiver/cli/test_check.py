@@ -388,7 +388,7 @@ def test_invalid_webhook_secret_is_a_fault(look: Look) -> None:
 @pytest.mark.parametrize(
     ("code", "status", "advice"),
     [
-        ("5001", Status.FAULT, "RECEIVER_KLING_BASE_URL"),
+        ("5001", Status.FAULT, "if it lasts, ask the provider"),
         ("1302", Status.NOTE, "again in a minute"),
         ("1101", Status.FAULT, "settle it in the provider's console"),
         ("1304", Status.FAULT, "allow this machine's address"),
@@ -446,7 +446,9 @@ def test_server_that_is_not_a_provider_is_a_fault(look: Look) -> None:
     with Provider(200, b"<html>Welcome</html>") as page:
         found = look(kling_base_url=page.url)["provider"]
     assert found.status is Status.FAULT
-    assert "the answer is not JSON (HTTP 200)" in found.line and "RECEIVER_KLING_BASE_URL" in found.advice
+    assert "did not answer in Kling's format (the answer is not JSON (HTTP 200))" in found.line
+    assert "RECEIVER_KLING_BASE_URL" in found.advice
+    assert " cannot be reached (no connection" in look(kling_base_url=page.url)["provider"].line
 
 
 def test_clock_that_differs_from_the_providers_is_a_fault(look_at_all: Look) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import html
 import re
 import socket
+import uuid
 from datetime import timedelta
 from typing import Any
 
@@ -14,9 +15,11 @@ from sqlmodel import col, select
 
 from receiver.app.console_parts import make_console
 from receiver.app.wiring import Parts
+from receiver.cli import show
 from receiver.console import catalogue, needs
 from storage.accounts import pauses
 from storage.bucket.bucket import Bucket
+from storage.database import free_space
 from storage.errors import AccountRefused, ModelRefused
 from storage.filters import TaskFilter
 from storage.operations import heartbeats, lists, measures, outbox
@@ -24,24 +27,27 @@ from storage.operations.lists import newest_tasks
 from storage.rows import events
 from storage.rows.events import record_act
 from storage.rows.models import Batch, Dispatch, Event, RollingAudit
-from storage.states import ArchiveState, AssetState, DispatchState, TaskState
+from storage.rows.tasks import DEFAULTED, SILENT
+from storage.states import ArchiveState, AssetState, DispatchState, Step, TaskState
 from tests.console_reader import Reader
 from tests.harness import wait_until
 from tests.pipeline import deliver, insert_row
 from tests.plans import scans
+from tests.receiver.web.test_readiness import set_read_only
 from tests.rows import LONG_AGO, new_asset
 
 ON_SQLITE = pytest.mark.databases("sqlite")  # the store alone, and links
 ITEM = re.compile(
     r'<li class="(?:bad|wait)"><div><strong>(.*?)</strong>.*?<a class="button" href="([^"]*)">(.*?)</a></li>'
 )
-# What the page behind a need's link shows. `store` and `slow` have a test of their own.
+# What the page behind a need's link shows. `ELSEWHERE` have tests of their own.
 SHOWN = {
     "account": "waits-for-money", "model": "waits-for-money", "workers": "No worker", "deadline": "soon-deleted",
     "failed": "given-up", "again": "tried-again", "overdue": "soon-deleted", "dead": "answered 500",
     "disabled": "old-sink", "unmatched": "nobody-has-this", "rejected": "JSON", "audit": "vanished-object",
     "batch": "slow-batch",
 }  # fmt: skip
+ELSEWHERE = {"store", "slow", "provider", "room", "database"}
 
 
 def everything(parts: Parts) -> None:
@@ -102,7 +108,7 @@ def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader)
         assert action, key
         if key != "workers":  # a worker is alive by now
             assert SHOWN[key] in ann.page(link.removeprefix("/console")), (key, link)
-    assert set(KEYS) == {*SHOWN, "store", "slow"}
+    assert set(KEYS) == {*SHOWN, *ELSEWHERE}
 
 
 @pytest.mark.usefixtures("fresh_needs")
@@ -161,3 +167,42 @@ def test_slow_or_unavailable_store_is_shown_on_the_overview(
         seen = needs.Needs(dataclasses.replace(make_console(parts)._of, bucket=elsewhere))
         wait_until(lambda: seen._store.unanswered_seconds() > 0.3 or seen._store.state() not in ("ok", "no answer yet"))
         assert key in [each.key for each in seen.now().needs]
+
+
+def test_provider_that_does_not_answer_is_shown(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    waits = {"due_at": LONG_AGO, "attempts": 1}
+    said = "no connection to the provider (Connection refused)"
+    insert_row(parts, state=TaskState.CREATED, step=Step.CREATE, note=said, **waits)
+    insert_row(parts, note=f"{SILENT}; {said}", **waits)
+    insert_row(parts, note=f"{DEFAULTED}its model", **waits)
+    insert_row(parts, note=said, lease=uuid.uuid4(), **waits)
+    show.show_latest(parts, 1)
+    assert f"2 tasks wait: {said} · " in capsys.readouterr().out
+    (need,) = [each for each in needs.Needs(make_console(parts)._of).now().needs if each.key == "provider"]
+    assert (need.link, need.values) == ("/console/settings#check", {"n": 2, "reason": said})
+
+
+@ON_SQLITE
+def test_full_disk_is_shown_on_the_overview(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = needs.Needs(make_console(parts)._of)
+    assert "room" not in [each.key for each in seen.now().needs]
+    monkeypatch.setattr(free_space, "MIN_FREE_SHARE", 2.0)
+    seen.forget()
+    (need,) = [each for each in seen.now().needs if each.key == "room"]
+    assert need.values["reason"].endswith("% free, and deliveries need 200 %")
+    assert str(catalogue.cause("zh", need.values["reason"])).startswith("数据库所在磁盘仅剩 ")
+
+
+def test_database_that_takes_no_writes_is_shown_in_place_of_its_workers(parts: Parts) -> None:
+    seen = needs.Needs(make_console(parts)._of)
+    set_read_only(parts.database, "on")
+    try:
+        wait_until(lambda: seen.forget() or "database" in keys_of(seen), every=0.3)
+        assert "workers" not in keys_of(seen)
+    finally:
+        set_read_only(parts.database, "off")
+    wait_until(lambda: seen.forget() or "workers" in keys_of(seen), every=0.3)
+
+
+def keys_of(seen: needs.Needs) -> set[str]:
+    return {each.key for each in seen.now().needs}

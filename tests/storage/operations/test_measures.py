@@ -147,9 +147,8 @@ def test_due_and_overdue_rows_are_counted(parts: Parts) -> None:
 
 def test_every_measure_has_its_gauge(parts: Parts) -> None:
     found = measured(parts).as_dict()
-    assert WORK.keys() | DEPRECATED.keys() | WORK_OF_EACH.keys() == found.keys() - {
-        "store_waits"
-    }  # a store's message is no label
+    unlabelled = {"store_waits", "provider_waits"}  # a message is no label
+    assert WORK.keys() | DEPRECATED.keys() | WORK_OF_EACH.keys() == found.keys() - unlabelled
     assert {name: gauges.keys() for name, gauges in WORK_OF_EACH.items()} == {
         "accounts": asdict(AccountMeasures()).keys() - {"pauses"},
         "sinks": asdict(SinkMeasures()).keys(),
@@ -219,7 +218,7 @@ def test_account_without_a_limit_is_measured_from_its_rows(parts: Parts) -> None
     assert measured(parts).accounts == {}
     queued(parts, held=1, waiting=1)
     assert measured(parts).accounts == {"kling": AccountMeasures(2, None, 1)}
-    assert "kling: 1 task waits for slots" in show.summary(measured(parts))
+    assert "kling: 1 task waits in the queue" in show.summary(measured(parts))
 
 
 @pytest.mark.databases("sqlite")
