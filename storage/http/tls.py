@@ -82,7 +82,8 @@ class TlsSocket:
         try:
             return step()
         except ssl.SSLWantReadError:
-            self._flush()  # answers of OpenSSL to messages of the protocol itself
+            with suppress(BrokenPipeError, ConnectionResetError):  # what the host said before it left is still there
+                self._flush()  # answers of OpenSSL to messages of the protocol itself
             self._receive()
         return step()
 

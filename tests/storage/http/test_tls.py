@@ -58,6 +58,23 @@ def test_session_tickets_without_an_end_are_given_up(tls: Contexts, tmp_path: Pa
     listener.close()
 
 
+def test_refusal_of_a_host_that_leaves_before_the_end_of_a_body_is_read(tls: Contexts) -> None:
+    def refuse(connection: socket.socket) -> None:
+        with tls[0].wrap_socket(connection, server_side=True) as secure:
+            secure.recv(1_000)
+            secure.sendall(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\n\r\n")
+            time.sleep(0.1)  # until it has arrived; the end of the block resets the connection, which was not read
+
+    listener = Listener(refuse)
+    stream = connected(listener).start_tls(tls[1], "cdn.example.com", 10)
+    stream.write(b"PUT / HTTP/1.1\r\n\r\n")
+    with pytest.raises(httpcore.WriteError):
+        stream.write_body(memoryview(bytes(50_000_000)), 10)
+    assert stream.read(1_000).startswith(b"HTTP/1.1 413")
+    stream.close()
+    listener.close()
+
+
 def send_tickets(connection: socket.socket, context: ssl.SSLContext, secrets: Path) -> None:
     """Shake hands as a server of TLS 1.3 and send records full of session tickets, made with its traffic secret."""
     context.keylog_filename, context.num_tickets = str(secrets), 0
