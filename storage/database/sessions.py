@@ -167,7 +167,9 @@ class Database:
 
         @event.listens_for(self.writer, "begin")
         def bound(connection: Connection) -> None:
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1_000)}")
+            # In a read without a transaction the server would warn in its log, and nothing would be set.
+            if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+                connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1_000)}")
 
     def _make_group_writer(self) -> None:
         begin = "BEGIN IMMEDIATE" if self.is_sqlite else BEGIN_GROUP

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from sqlmodel import select
 
@@ -24,3 +26,17 @@ def test_a_command_gives_up_a_lock_of_another_session(database: Database, databa
     with command.write() as session:
         assert session.exec(select(Task)).all() == []
     command.close()
+
+
+def test_a_read_without_a_transaction_sets_nothing(database_url: str) -> None:
+    """The server wrote a warning to its log for each."""
+    command, said = Database(database_url), list[str]()
+    command.bound_waits()
+    with command.autocommit_reader() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.add_notice_handler(lambda notice: said.append(str(notice.message_primary)))
+    with command.autocommit_reader() as connection:
+        assert connection.connection.driver_connection is driver
+        connection.execute(select(1))
+    command.close()
+    assert said == []
