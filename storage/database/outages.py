@@ -105,6 +105,11 @@ class Outages:
         self._began_at: float | None = None
         self._failed_at = 0.0
 
+    @property
+    def lasts(self) -> bool:
+        """Whether no write has ended the last outage yet."""
+        return self._began_at is not None
+
     def failed(self, reason: str) -> None:
         with self._lock:
             self._failed_at = time.monotonic()

@@ -36,6 +36,7 @@ from sqlmodel import col, func, select
 from storage.database import free_space
 from storage.database.free_space import Disk
 from storage.database.sessions import Database, again_on_new_session
+from storage.database.urls import place
 from storage.errors import DatabaseUnavailable
 from storage.rows.deliveries import MAX_BATCH, Delivery, apply_unreadable_again, insert
 from storage.rows.loop_connections import Locked, LoopConnection, loop_connection
@@ -148,9 +149,20 @@ class GroupCommit:
         timer = self._loop.call_later(COMMIT_SECONDS, _end_late, durable)
         try:
             return await durable
+        except TimeoutError:
+            self._report_outage()
+            raise
         finally:
             timer.cancel()
             del durable  # an error of it refers to this call, and both would keep the body until a collection
+
+    def _report_outage(self) -> None:
+        """Log that the database does not end a commit, as one that waits for its standby. No statement fails then.
+
+        The thread commits next, because its writes end the outage.
+        """
+        self._database.outages.failed(f"database: {place(self._database.url)}: no commit ended in {COMMIT_SECONDS} s")
+        self._quick_commits = 0
 
     def _call_writer(self) -> None:
         """Start the writer. Runs in the loop, with the lock held."""
@@ -225,7 +237,7 @@ class GroupCommit:
             self._disk.check_soon()
 
     def _give_turn_to_loop(self) -> None:
-        if self._quick_commits < QUICK_COMMITS or self._is_stopping:
+        if self._quick_commits < QUICK_COMMITS or self._is_stopping or self._database.outages.lasts:
             return
         with suppress(sqlite3.Error, RuntimeError):  # the file cannot be opened now, or the loop has ended
             self._connection = self._connection or loop_connection(self._database)

@@ -18,8 +18,10 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
+from storage.database import outages
 from storage.database.sessions import Database
 from storage.rows import group_commit
 from tests.harness import wait_until
@@ -179,3 +181,20 @@ def test_delivery_is_503_in_time_while_postgresql_does_not_answer(
         assert deliveries.post().result(3) == 503
     wait_until(lambda: len(callbacks_of(parts)) == before + 1)
     assert deliveries.post().result() == 200
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"])
+def test_a_database_that_does_not_answer_is_an_outage_in_the_log(
+    impatience: None, parts: Parts, deliveries: Deliveries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No statement fails, as where a commit waits for a standby that is gone."""
+    monkeypatch.setattr(outages, "STEADY_SECONDS", 0.3)
+    with capture_logs() as logs:
+        with stopped_backends(parts.database):
+            assert [deliveries.post().result(3) for _ in range(2)] == [503, 503]
+        time.sleep(0.4)
+        wait_until(
+            lambda: deliveries.post().result() == 200 and "database.recovered" in {each["event"] for each in logs}
+        )
+    [lost] = [each for each in logs if each["event"] == "database.lost"]
+    assert lost["error"].endswith("no commit ended in 0.5 s")
