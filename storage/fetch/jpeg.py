@@ -23,9 +23,7 @@ def walk_jpeg(reader: Reader) -> Size:
     size, scans = NO_SIZE, 0
     marker = _marker(reader)
     while marker != 0xD9:
-        length = int.from_bytes(reader.take(2), "big")
-        if length < 2 or marker < 0xC0 or marker == 0xD8:
-            raise AssetDamaged(f"no segment at byte {reader.at - 4}")
+        length = _length(reader, marker)
         if marker in JPEG_FRAMES:
             height, width = struct.unpack(">xHH", reader.take(5))
             size, length = sized(width, height), length - 5
@@ -35,6 +33,23 @@ def walk_jpeg(reader: Reader) -> Size:
     if not scans or size is NO_SIZE:
         raise AssetDamaged("no picture data before EOI")
     return size
+
+
+def jpeg_header_size(reader: Reader) -> tuple[int, int]:
+    """Width and height of the first frame header, whatever they are. Nothing behind it is read."""
+    reader.take(2)
+    while (marker := _marker(reader)) not in JPEG_FRAMES:
+        reader.skip(_length(reader, marker) - 2)
+    height, width = struct.unpack(">3xHH", reader.take(7))
+    return width, height
+
+
+def _length(reader: Reader, marker: int) -> int:
+    """The length of the segment behind this marker, with its own two bytes."""
+    length = int.from_bytes(reader.take(2), "big")
+    if length < 2 or marker < 0xC0 or marker == 0xD8:
+        raise AssetDamaged(f"no segment at byte {reader.at - 4}")
+    return length
 
 
 def _marker(reader: Reader) -> int:

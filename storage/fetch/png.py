@@ -16,15 +16,11 @@ MAX_READ_BYTES = 32  # of a chunk's data: IHDR has 13, acTL 8
 
 
 def walk_png(reader: Reader) -> Size:
-    reader.take(8)
-    kind, length, body = _png_chunk(reader)
-    if kind != b"IHDR" or length != 13:
-        raise AssetDamaged("IHDR is not the first chunk")
-    width, height, depth, colour = struct.unpack(">IIBB", body[:10])
+    width, height, depth, colour = _header(reader)
     size = sized(width, height)
     if depth not in PNG_DEPTHS.get(colour, ()):
         raise AssetDamaged(f"colour type {colour} with {depth} bits does not exist")
-    frames, data_bytes = 0, 0
+    frames, data_bytes, kind = 0, 0, b""
     while kind != b"IEND":
         kind, length, body = _png_chunk(reader)
         if kind == b"IDAT":
@@ -35,6 +31,22 @@ def walk_png(reader: Reader) -> Size:
     if not data_bytes or length:
         raise AssetDamaged("no picture data before IEND")
     return size
+
+
+def png_header_size(reader: Reader) -> tuple[int, int]:
+    """Width and height in the first chunk, whatever they are. Nothing behind it is read."""
+    width, height, _, _ = _header(reader)
+    return width, height
+
+
+def _header(reader: Reader) -> tuple[int, int, int, int]:
+    """Width, height, depth and colour type."""
+    reader.take(8)
+    kind, length, body = _png_chunk(reader)
+    if kind != b"IHDR" or length != 13:
+        raise AssetDamaged("IHDR is not the first chunk")
+    width, height, depth, colour = struct.unpack(">IIBB", body[:10])
+    return width, height, depth, colour
 
 
 def _png_chunk(reader: Reader) -> tuple[bytes, int, bytes]:
