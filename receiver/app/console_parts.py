@@ -53,12 +53,13 @@ def make_console(parts: Parts) -> Console:
 
 
 def _check(settings: Settings) -> Sequence[CheckLine]:
-    """The results of `receiver check` without the lines to paste, which may be secrets."""
+    """The results of `receiver check` without `--verbose` and without the lines to paste, which may be secrets."""
     from receiver.app import checks  # imports the wiring
 
     return [
         CheckLine(each.name, each.status, each.line, PASTED_ELSEWHERE if each.paste else each.advice)
         for each in checks.run(settings)
+        if not each.detail
     ]
 
 

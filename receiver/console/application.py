@@ -156,7 +156,7 @@ class Guard:
             return visit.page("filter.html", status=400, faults=error.faults[:SHOWN_FAULTS])
         except (DatabaseUnavailable, StoreUnavailable) as error:
             log.warning("console.store_not_reached", error=str(error))
-            raise HTTPException(503) from error
+            raise HTTPException(503, "database" if isinstance(error, DatabaseUnavailable) else "store") from error
 
     async def _accept(self, visit: Visit, max_bytes: int) -> None:
         """Read a form. Raises HTTPException unless it was sent from one of our own pages."""

@@ -66,8 +66,8 @@ class Gallery:
         try:
             download = bool(visit.query.get("download"))
             answer = await self._files(visit.request, id_of(visit.path("id")), download=download)
-        except (DatabaseUnavailable, StoreUnavailable):
-            raise HTTPException(503) from None
+        except (DatabaseUnavailable, StoreUnavailable) as error:
+            raise HTTPException(503, "database" if isinstance(error, DatabaseUnavailable) else "store") from None
         if answer.status_code != 302:  # the store's own answer has its own headers
             answer.headers["Content-Security-Policy"] = SANDBOX
             answer.headers["Cache-Control"] = KEPT

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from receiver.app.console_parts import make_console
+from receiver.app.wiring import Parts
 from receiver.batch import batch
 from receiver.console import catalogue
 from receiver.console.pages import batches
@@ -187,6 +189,17 @@ def test_every_cause_of_a_closed_set_is_translated() -> None:
     found = {*closed_texts(), *own}
     assert len(found) > 35
     assert sorted(text for text in found if catalogue.cause("zh", text) is None) == []
+
+
+@pytest.mark.databases("sqlite")
+def test_lines_of_the_check_are_translated(parts: Parts) -> None:
+    working, broken = (
+        parts.settings.model_copy(update=each) for each in ({}, {"kling_base_url": "http://127.0.0.1:1"})
+    )
+    lines = [*make_console(Parts(working))._of.check(), *make_console(Parts(broken))._of.check()]
+    said = {text for each in lines for text in (each.line, each.advice) if text}
+    assert len(said) > 10
+    assert {text for text in said if catalogue.cause("zh", text) is None} == set()
 
 
 def test_translations_of_causes_have_the_same_number_of_values_and_are_in_chinese() -> None:

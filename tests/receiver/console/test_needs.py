@@ -33,6 +33,7 @@ from tests.console_reader import Reader
 from tests.harness import wait_until
 from tests.pipeline import deliver, insert_row
 from tests.plans import scans
+from tests.receiver.console.test_access import away
 from tests.receiver.web.test_readiness import set_read_only
 from tests.rows import LONG_AGO, new_asset
 
@@ -202,6 +203,16 @@ def test_database_that_takes_no_writes_is_shown_in_place_of_its_workers(parts: P
     finally:
         set_read_only(parts.database, "off")
     wait_until(lambda: seen.forget() or "workers" in keys_of(seen), every=0.3)
+
+
+@ON_SQLITE
+def test_page_without_its_database_names_it_and_the_command(
+    parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts.database, "read", away)
+    answer = ann.get("/batches")
+    assert answer.status_code == 503
+    assert "The database does not answer" in answer.text and "Run receiver check" in answer.text
 
 
 def keys_of(seen: needs.Needs) -> set[str]:
