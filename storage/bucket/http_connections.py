@@ -15,6 +15,9 @@ from storage.http.client import Connections, Origin, Request, Response
 from storage.http.connection import GuardedStream, TransferDeadline
 
 MIN_BYTES_PER_SECOND = 13_000
+# Routers forget idle connections, many after four minutes, and tell neither side: the next request would wait
+# `read_seconds` for nothing.
+IDLE_SECONDS = 60.0
 
 
 class UnexpectedResponse(Exception):
@@ -50,7 +53,9 @@ class HttpConnections:
         self.authority = name if self._origin[2] == usual_port else f"{name}:{port}"
         self._context = context
         self._connect_seconds = connect_seconds
-        self._connections = Connections(self._connect, most=most, write_seconds=connect_seconds, idle_seconds=math.inf)
+        self._connections = Connections(
+            self._connect, most=most, write_seconds=connect_seconds, idle_seconds=IDLE_SECONDS
+        )
         self._deadline = partial(
             TransferDeadline, math.inf, head_seconds=read_seconds, min_bytes_per_second=MIN_BYTES_PER_SECOND
         )

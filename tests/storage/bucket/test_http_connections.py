@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from storage.bucket import http_connections
 from storage.bucket.http_connections import TOO_SLOW, UNEXPECTED, HttpConnections
 from tests.loopback import Script, ScriptedServer
 
@@ -164,6 +165,18 @@ def test_idle_connections_are_bounded(store: Store) -> None:
     for thread in threads:
         thread.join(10)
     assert len(connections._connections._idle) == 2
+
+
+def test_connection_that_a_router_forgot_while_it_was_idle_is_not_used(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_connections, "IDLE_SECONDS", 0.0)
+    connections = to(store)
+    assert put(connections) == 200
+    store.scripts = [lambda connection: time.sleep(2) if store.connections == 1 else connection.sendall(OK)]
+    started = time.monotonic()
+    assert put(connections) == 200
+    assert time.monotonic() - started < 1
 
 
 def test_flood_of_100_continue_is_given_up_at_once(store: Store) -> None:
