@@ -65,11 +65,14 @@ def check_new_id(external_task_id: str) -> None:
 
 
 def task_folder(prefix: str, created_at: datetime, external_task_id: str) -> str:
-    """The folder of all objects of a task: `{prefix}{yyyy}/{mm}/{dd}/{external_task_id}/`, the date in UTC."""
+    """The folder of all objects of a task: `{prefix}{yyyy}/{mm}/{dd}/{external_task_id}/`, the date in UTC.
+
+    `prefix`: a normal one, as that of every `Bucket`.
+    """
     if created_at.tzinfo is None:
         raise ValueError("created_at has no time zone")
     day = created_at.astimezone(UTC)
-    return f"{normal_prefix(prefix)}{day.year:04}/{day.month:02}/{day.day:02}/{encode_id(external_task_id)}/"
+    return f"{prefix}{day.year:04}/{day.month:02}/{day.day:02}/{encode_id(external_task_id)}/"
 
 
 def object_key(

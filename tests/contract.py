@@ -40,8 +40,8 @@ def contract() -> Contract:
         "events": dict.fromkeys(sorted(map(str, EventName)), ""),
         "manifest": dict(_fields(json.loads((ROOT / "storage/archive/manifest.schema.json").read_text()))),
         "keys": {
-            "asset": keys.object_key("p", A_DAY, "an id/ü", "image", 2, "ab" * 32, "png"),
-            "manifests": [keys.manifest_key("p", A_DAY, "..", number) for number in (1, 2)],
+            "asset": keys.object_key("p/", A_DAY, "an id/ü", "image", 2, "ab" * 32, "png"),
+            "manifests": [keys.manifest_key("p/", A_DAY, "..", number) for number in (1, 2)],
         },
         "metrics": {name: [kind, *labels] for name, (kind, labels) in metrics().items()},
     }

@@ -188,7 +188,7 @@ class Archiver:
         return key
 
     def _settle_archived(self, asset: Asset, session: Session) -> None:
-        task = self._lock_task(session, asset)
+        task = tasks.lock_known(session, asset.task_id)
         claims.settle(
             session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
             notes=asset.notes, **USABLE,
@@ -209,7 +209,7 @@ class Archiver:
         without it.
         """
         with self._database.write() as session:
-            task, now, tries = self._lock_task(session, asset), tasks.now(session), asset.unusable_tries + 1
+            task, now, tries = tasks.lock_known(session, asset.task_id), tasks.now(session), asset.unusable_tries + 1
             life = timedelta(seconds=LIFE_SHARE * self._schedule.result_lifetime_seconds)
             life_ends = (task.completed_at or now) + life
             due_in = unusable.next_try(tries, now=now, link_ends=asset.files_expire_at, life_ends=life_ends)
@@ -236,7 +236,7 @@ class Archiver:
 
     def _fail(self, asset: Asset, reason: str) -> None:
         with self._database.write() as session:
-            task = self._lock_task(session, asset)
+            task = tasks.lock_known(session, asset.task_id)
             values = _failed(asset, reason, tasks.now(session))
             claims.settle(session, asset, due_in=None, state=AssetState.FAILED, **values, **USABLE)
             fact = {"kind": asset.kind, "index": asset.index, "error": reason}
@@ -258,7 +258,7 @@ class Archiver:
         backs off.
         """
         with self._database.write() as session:
-            task = self._lock_task(session, asset)
+            task = tasks.lock_known(session, asset.task_id)
             due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)
             claims.settle(session, asset, due_in=due_in, **_failed(asset, str(error), tasks.now(session)))
             if task.step is not Step.READ or task.lease is None:
@@ -266,13 +266,6 @@ class Archiver:
             tasks.save(session, task)
             self._database.wake(session)
         log.warning("asset.link_expired", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
-
-    def _lock_task(self, session: Session, asset: Asset) -> TaskColumns:
-        """Lock the task row before its assets, so that exactly one settle sees that its asset was the last."""
-        task = tasks.lock_unattached(session, asset.task_id)
-        if task is None:
-            raise LostClaim(f"task {asset.task_id} no longer exists")
-        return task
 
     def _look_at_task(self, session: Session, task: TaskColumns) -> None:
         """Make the finish due if this was the last asset. A finish under way started from older rows. A read under way,

@@ -126,11 +126,8 @@ class Bucket(StoredObjects):
         # The key is looked up first where the put alone does not decide: a store refuses a multipart upload only after
         # all parts have been sent. A store that loses its conditional writes after a probe overwrites until the next.
         is_certain = conditional and not in_parts
-        if (
-            not (is_certain and can.believed)
-            and not self._is_missing(key)
-            and self.holds(key, sha256=sha256, size=size)
-        ):
+        decides = is_certain and can.believed
+        if not decides and not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False
         for pause in (*CONFLICT_PAUSES, None):
             try:
@@ -139,10 +136,8 @@ class Bucket(StoredObjects):
             except ConditionFailed as error:
                 if self.holds(key, sha256=sha256, size=size):
                     return False
-                if not isinstance(error, TryAgain):
-                    raise StoreUnavailable(f"another process wrote {key} at the same time; retrying") from None
-                if pause is None:
-                    words = f"the store answers HTTP 409 (try again) to every put of {key}; retrying"
+                if pause is None or not isinstance(error, TryAgain):
+                    words = f"the store answers {error} to each put of {key}, and has no such object; retrying"
                     raise StoreUnavailable(words) from None
                 time.sleep(pause)
         if not (self._is_proof(evidence) and (is_certain or self._is_there(put, evidence))):
@@ -201,13 +196,13 @@ class Bucket(StoredObjects):
         can = self.capabilities()
         if can.proof == "read":
             return False
-        etag_agrees = evidence.etag_agrees is not False or not self._etags_are_md5
-        checksum_agrees = evidence.checksum_agrees
-        if checksum_agrees is None:  # a missing checksum counts only from a store that sent none in the probe either
-            checksum_agrees = can.proof == "md5" or not can.returns_checksum
-        if not (checksum_agrees and etag_agrees):
-            log.warning("store.doubted", bucket=self.name, checksum=evidence.checksum_agrees, etag=evidence.etag_agrees)
-        return checksum_agrees and etag_agrees
+        checksum_agrees, etag_agrees, _ = evidence
+        # A missing checksum counts only from a store that sent none in the probe either.
+        may_lack_it = checksum_agrees is None and (can.proof == "md5" or not can.returns_checksum)
+        is_proof = (checksum_agrees or may_lack_it) and (etag_agrees is not False or not self._etags_are_md5)
+        if not is_proof:
+            log.warning("store.doubted", bucket=self.name, checksum=checksum_agrees, etag=etag_agrees)
+        return is_proof
 
     def _put_whole(self, put: Put) -> Evidence:
         """Send the file in one request of our own. boto3 repeats it after any response that is not plain success."""

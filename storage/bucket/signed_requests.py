@@ -49,6 +49,10 @@ class TryAgain(ConditionFailed):
     """409: another request for the same key was under way. S3 wants the put repeated."""
 
 
+# Of puts that only create.
+REFUSED = {409: TryAgain, 412: ConditionFailed}
+
+
 class Signer:
     """AWS Signature Version 4 of requests to one host whose body's SHA-256 is known, as botocore makes it. Thread-safe.
 
@@ -148,12 +152,8 @@ class SignedRequests:
             self._header_names[name]: arguments[name] for name in arguments.keys() - {"Bucket", "Key", "Metadata"}
         }
         answer = self._send("PUT", arguments["Key"], headers, sha256, file, size)
-        if answer.status == 409:
-            raise TryAgain("HTTP 409")
-        if answer.status == 412:
-            raise ConditionFailed("HTTP 412")
         if not 200 <= answer.status < 300:
-            raise UnexpectedResponse(f"HTTP {answer.status}")
+            raise REFUSED.get(answer.status, UnexpectedResponse)(f"HTTP {answer.status}")
         return {name: answer.headers[header] for name, header in RESPONSE_HEADERS.items() if header in answer.headers}
 
     def _send(

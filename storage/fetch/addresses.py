@@ -211,7 +211,6 @@ class Target:
     authority: str
     url: str = field(repr=False)
     path: str = field(repr=False)  # with the query, as in the request line
-    private: bool = False
 
 
 URL_PARTS = re.compile(
@@ -232,25 +231,24 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
     """
     scheme, sent, path = _split(url)
-    host, port, authority, private = _checked_host(scheme, sent, policy)
-    return Target(scheme, host, port, authority, f"{scheme}://{authority}{path}", path, private)
+    host, port, authority = _checked_host(scheme, sent, policy)
+    return Target(scheme, host, port, authority, f"{scheme}://{authority}{path}", path)
 
 
 @lru_cache(maxsize=KEPT_HOSTS)
-def _checked_host(scheme: str, sent: str, policy: AddressPolicy) -> tuple[str, int, str, bool]:
-    """Host, port, authority and whether it is private, of the authority `sent` in a URL. Raises `FetchRefused`."""
+def _checked_host(scheme: str, sent: str, policy: AddressPolicy) -> tuple[str, int, str]:
+    """Host, port and authority, of the authority `sent` in a URL. Raises `FetchRefused`."""
     host, port = _host_and_port(scheme, sent)
     if policy.sinks and _one_spelling(host) in policy.sinks:
         raise FetchRefused(f"{host} receives events, not files")
-    private = (host, port) in policy.private_hosts
-    if not private:
+    if (host, port) not in policy.private_hosts:
         _refuse_unlisted(scheme, host, port, policy)
     address = _literal(host)
     reason = policy.refuses(address, host, port) if address is not None else None
     if reason:
         raise FetchRefused(f"{host} may not be dialled: {reason}")
     bracketed = f"[{host}]" if ":" in host else host
-    return host, port, bracketed if port == DEFAULT_PORTS[scheme] else f"{bracketed}:{port}", private
+    return host, port, bracketed if port == DEFAULT_PORTS[scheme] else f"{bracketed}:{port}"
 
 
 def tidy(url: str) -> str:

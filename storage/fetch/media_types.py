@@ -60,6 +60,7 @@ SIGNATURES = (
     (re.compile(rb"GIF8[79]a"), ("image/gif", "gif")),
     (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), ("image/webp", "webp")),
     (re.compile(rb"RIFF.{4}WAVE", re.DOTALL), ("audio/wav", "wav")),
+    (re.compile(rb"\x1a\x45\xdf\xa3.{,53}\x42\x82\x84webm", re.DOTALL), ("video/webm", "webm")),
 )
 
 
@@ -70,8 +71,6 @@ def sniff(head: bytes) -> tuple[str, str] | None:
             return found
     if head[4:8] == b"ftyp":
         return _sniff_boxes(head)
-    if head.startswith(b"\x1a\x45\xdf\xa3") and b"\x42\x82\x84webm" in head[:64]:
-        return "video/webm", "webm"
     if head.startswith(b"ID3") or mp3.frame_bytes(head[:4]):
         return "audio/mpeg", "mp3"
     return None

@@ -99,6 +99,16 @@ def lock_unattached(session: Session, task_id: uuid.UUID) -> TaskColumns | None:
     return task
 
 
+def lock_known(session: Session, task_id: uuid.UUID) -> TaskColumns:
+    """`lock_unattached` for the work on a claimed row of the task or of a file of it. Raises `LostClaim` if it is gone.
+
+    A task is locked before its files, so that exactly one settle sees that its file was the last.
+    """
+    if (task := lock_unattached(session, task_id)) is None:
+        raise LostClaim(f"task {task_id} no longer exists")
+    return task
+
+
 def save(session: Session, task: TaskColumns) -> None:
     """Write the columns of a task of `lock_unattached` that have changed since."""
     now = vars(task)  # begins with the columns, in the order in which they were read

@@ -33,12 +33,12 @@ DAY = datetime(2026, 3, 4, 23, 30, tzinfo=UTC)
 def test_object_key_follows_the_contract(
     prefix: str, created_at: datetime, task: str, kind: str, index: int, extension: str, key: str
 ) -> None:
-    assert object_key(prefix, created_at, task, kind, index, SHA256, extension) == key
+    assert object_key(normal_prefix(prefix), created_at, task, kind, index, SHA256, extension) == key
 
 
 @given(task=st.text(min_size=1, max_size=16), prefix=st.sampled_from(["", "a", "/a/b/"]), index=st.integers(0, 9_999))
 def test_every_id_is_one_segment_and_can_be_decoded(task: str, prefix: str, index: int) -> None:
-    key = object_key(prefix, DAY, task, "image", index, SHA256, "png")
+    key = object_key(normal_prefix(prefix), DAY, task, "image", index, SHA256, "png")
     segment, name = key.removeprefix(normal_prefix(prefix)).split("/")[3:]
     assert unquote(segment) == task
     assert re.fullmatch(r"(?:[A-Za-z0-9\-_.~]|%[0-9A-F]{2})+", segment)
@@ -82,8 +82,8 @@ def test_longest_id_fits_into_a_key() -> None:
 
 
 def test_manifests_are_numbered_from_the_second() -> None:
-    assert manifest_key("p", DAY, "a", 1) == "p/2026/03/04/a/manifest.json"
-    assert manifest_key("p", DAY, "a", 2) == "p/2026/03/04/a/manifest.2.json"
+    assert manifest_key("p/", DAY, "a", 1) == "p/2026/03/04/a/manifest.json"
+    assert manifest_key("p/", DAY, "a", 2) == "p/2026/03/04/a/manifest.2.json"
 
 
 @pytest.mark.parametrize(("given_prefix", "kept"), [("", ""), ("/", ""), ("a", "a/"), ("/a/", "a/"), ("a/b", "a/b/")])
