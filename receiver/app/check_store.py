@@ -15,11 +15,14 @@ from storage.bucket.probe import Capabilities
 from storage.bucket.store_connection import BOTO3_ENDPOINTS, EndpointInvalid
 from storage.bucket.store_errors import (
     CHECKSUMS_HINT,
+    OF_KMS,
     WITHOUT_CHECKSUMS,
+    is_explained,
     is_untrusted,
     may_refuse_checksums,
     permission,
     reason_code,
+    region,
 )
 from storage.errors import ObjectRefused, StoreUnavailable
 from storage.operations import heartbeats
@@ -38,6 +41,7 @@ ADVICE = {
     "ExpiredToken": "fetch new credentials",
     "InvalidToken": "fetch new credentials, or unset AWS_SESSION_TOKEN",
     "RequestTimeTooSkewed": SYNCHRONISE,
+    "SlowDown": "files are tried again by themselves; lower what else asks this bucket",
     "NoSuchBucket": "create it, or correct RECEIVER_S3_BUCKET",
     "PermanentRedirect": SET_REGION,
     "AuthorizationHeaderMalformed": SET_REGION,
@@ -102,7 +106,12 @@ def _advice(parts: Parts, error: StoreUnavailable) -> str:
         return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"
     if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
         return ""  # the message is the advice
-    return ADVICE.get(reason_code(error), f"check {_endpoint_setting(parts)}, and that the store runs")
+    if place := region(error.__cause__):
+        return f"set AWS_DEFAULT_REGION to {place}"
+    if reason_code(error).startswith(OF_KMS):
+        return "mend the key there, or name another one in RECEIVER_S3_KMS_KEY_ID or in the bucket's default encryption"
+    unknown = "" if is_explained(error.__cause__) else f"check {_endpoint_setting(parts)}, and that the store runs"
+    return ADVICE.get(reason_code(error), unknown)
 
 
 def _endpoint_setting(parts: Parts) -> str:

@@ -46,6 +46,12 @@ PERMISSIONS = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
 }
+# What AWS says of a refusal that it explains. The permission may be of another service, such as the key's in KMS.
+DENIED = re.compile(r"not authorized to perform: ([a-z0-9-]+:[A-Za-z]+)")
+# Refusals that name the bucket's region, in the body or in a header. AWS sends the header with others, too.
+OF_REGION = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed", "301", "307"}
+REGION = re.compile(r"[a-z0-9-]{1,40}")
+OF_KMS = "KMS."  # the beginning of its codes
 # The beginnings of our messages, by which stored errors are recognised, and the words of the one about a single object.
 MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
 OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
@@ -116,7 +122,9 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
 
 
 def _reason(error: Any) -> str:
-    reason, needed = REASONS.get(code(error)), permission(error)
+    reason, needed, place = REASONS.get(code(error)), permission(error), region(error)
+    if place:
+        return f"is in another region, {place}"
     if reason:
         return f"{reason} (needs {needed})" if needed else reason
     said = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
@@ -125,9 +133,28 @@ def _reason(error: Any) -> str:
 
 
 def permission(error: Any) -> str | None:
-    """The permission that a key lacks for the call; None for other errors."""
-    is_forbidden = isinstance(error, boto_errors.ClientError) and code(error) in FORBIDDEN
-    return PERMISSIONS.get(error.operation_name) if is_forbidden else None
+    """The permission that a key lacks for the call, as the store names it, else as AWS requires it; None for other
+    errors.
+    """
+    if not isinstance(error, boto_errors.ClientError) or code(error) not in FORBIDDEN:
+        return None
+    named = DENIED.search(str(error.response["Error"].get("Message", "")))
+    return named[1] if named else PERMISSIONS.get(error.operation_name)
+
+
+def region(error: Any) -> str | None:
+    """The region of a bucket that is elsewhere, if the store names it."""
+    if not isinstance(error, boto_errors.ClientError) or code(error) not in OF_REGION:
+        return None
+    sent = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    found = str(sent or error.response["Error"].get("Region", ""))
+    return found if REGION.fullmatch(found) else None
+
+
+def is_explained(error: Any) -> bool:
+    """Whether the store says in words of its own why it refuses the request."""
+    has_words = isinstance(error, boto_errors.ClientError) and error.response["Error"].get("Message")
+    return bool(has_words) and 400 <= status(error) < 500
 
 
 def no_listing(operation: str, body: bytes) -> str | None:
@@ -160,7 +187,8 @@ def may_refuse_checksums(error: BaseException | None) -> bool:
     """Whether a put was refused for a header or an argument that a store without checksums does not know."""
     if not isinstance(error, boto_errors.ClientError) or PERMISSIONS.get(error.operation_name) != "s3:PutObject":
         return False
-    return status(error) == 501 or (status(error) == 400 and code(error) not in {*REASONS, TOO_LARGE})
+    is_other = code(error) in {*REASONS, TOO_LARGE} or code(error).startswith(OF_KMS)
+    return status(error) == 501 or (status(error) == 400 and not is_other)
 
 
 def reason_code(error: StoreUnavailable) -> str:

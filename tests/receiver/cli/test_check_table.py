@@ -83,6 +83,22 @@ STORES: dict[str, tuple[Callable[[Request, Forward], Answer], str]] = {
         "says the session token has expired (bucket pictures, ExpiredToken, HTTP 400): fetch new credentials",
     ),
     "a wrong region": (lambda *_: said(400, "AuthorizationHeaderMalformed"), "set AWS_DEFAULT_REGION to the bucket's"),
+    "a bucket elsewhere": (
+        lambda *_: said(
+            301, "PermanentRedirect", "Use the specified endpoint.", **{"x-amz-bucket-region": "eu-west-1"}
+        ),
+        "is in another region, eu-west-1 (bucket pictures, PermanentRedirect, HTTP 301): set AWS_DEFAULT_REGION to eu-",
+    ),
+    "a key of KMS that the role may not use": (
+        lambda *_: said(
+            403, "AccessDenied", "User: r is not authorized to perform: kms:GenerateDataKey on this resource"
+        ),
+        "(needs kms:GenerateDataKey) (bucket pictures, AccessDenied, HTTP 403): grant kms:GenerateDataKey",
+    ),
+    "a key of KMS that is off": (
+        lambda *_: said(400, "KMS.DisabledException", "key/1 is disabled."),
+        'failed: "key/1 is disabled." (bucket pictures, KMS.DisabledException, HTTP 400): mend the key there, or name',
+    ),
     "a proxy of 1 MB": (of_one_megabyte, "refuses an object of 2,097,152 bytes (bucket pictures, HTTP 413): raise the"),
     "a clock ten minutes off": (ten_minutes_late, " s ahead of the bucket's: turn on time synchronisation (NTP)"),
 }
@@ -105,6 +121,12 @@ def test_store_that_cannot_be_used_is_named_with_the_remedy(receiver: CommandLin
     fault, words = STORES[name]
     with FaultProxy(seaweed, fault) as proxy:
         assert words in only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=proxy.endpoint_url))
+
+
+def test_a_store_that_refuses_in_its_own_words_is_not_said_to_be_down(receiver: CommandLine, seaweed: Seaweed) -> None:
+    with FaultProxy(seaweed, lambda *_: said(403, "AccountProblem", "Pay your bill.")) as proxy:
+        says = only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=proxy.endpoint_url))
+    assert says.endswith('failed: "Pay your bill." (bucket pictures, AccountProblem, HTTP 403)')
 
 
 @pytest.fixture
