@@ -24,7 +24,7 @@ MAX_FAILED = 100_000
 MAX_SHOWN = 20
 # The reason why a command found nothing to do, and what to do instead.
 NO_FAILED = "no file was given up and no task is parked; dismissed ones are retried by their id, and filters narrow it"
-NO_DELIVERY = "no stored delivery came then and is in that state; `receiver status ID` shows a task's, /console all"
+NO_DELIVERY = "no stored delivery came then and is in that state; an earlier --since or no --state reaches more"
 NO_READ = "no task waits for its result; name a task to read one that has ended"
 NO_LISTED = "the provider lists no task of these days; a larger --listed-days reaches further back"
 NO_OLD = "nothing that is over is older than that; `--older-than` with fewer days reaches more"
