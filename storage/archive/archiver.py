@@ -62,9 +62,9 @@ KEPT_TRIES, MAX_TRY_CHARS = 12, 300
 CUTS_ALIKE = 3
 # The note of an object whose bytes neither a SHA-256 of the store nor a read has verified.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
-NOW = db_now()  # made once: it takes as long as SQLite takes for a statement
 # Columns of a settled row without unusable answers.
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
+ARCHIVED = {"state": AssetState.ARCHIVED, "archived_at": db_now(), "error": None, **claims.NO_ATTEMPTS, **USABLE}
 
 
 _TASKS = Task.__table__.c  # type: ignore[attr-defined]
@@ -189,10 +189,7 @@ class Archiver:
 
     def _settle_archived(self, asset: Asset, session: Session) -> None:
         task = tasks.lock_known(session, asset.task_id)
-        claims.settle(
-            session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
-            notes=asset.notes, **USABLE,
-        )  # fmt: skip
+        claims.settle(session, asset, due_in=None, notes=asset.notes, **ARCHIVED)
         record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
         self._look_at_task(session, task)
 

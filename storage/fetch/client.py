@@ -170,7 +170,7 @@ class Fetcher:
         self, target: Target, sink: BinaryIO, deadline: TransferDeadline, *, trusted_only: bool
     ) -> tuple[Target, Body]:
         """Follow redirects and receive the file; resume it after a broken connection if the host supports ranges."""
-        body, redirects, resumes = Body(sink, self._max_bytes), 0, 0
+        body, redirects = Body(sink, self._max_bytes), 0
         while redirects <= MAX_REDIRECTS:
             before = body.size
             deadline.expect_head()
@@ -188,8 +188,7 @@ class Fetcher:
                     if trusted_only and not self._trusted.allows(target.host):
                         raise FetchExpired("an unconfirmed link redirects to another host: the task is read first")
             except BROKEN as error:
-                resumes += 1
-                if body.validator and body.size > before and resumes <= MAX_RESUMES:
+                if body.validator and body.size > before and body.parts <= MAX_RESUMES:
                     continue
                 if body.size and not isinstance(error, httpcore.TimeoutException):
                     raise FetchCut(f"the response broke off after {body.size} bytes") from error

@@ -28,13 +28,14 @@ CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", r
 class Body:
     """One file, from one response, or from several if the connection breaks and the host supports ranges.
 
-    `headers`: of the first response. `digest`: SHA-256 so far. `notes`: harmless irregularities.
+    `headers`: of the first response. `parts`: responses that it came from. `digest`: SHA-256 so far. `notes`: harmless
+    irregularities.
     """
 
     def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
         self._sink = sink
         self._max_bytes = max_bytes
-        self._parts, self.size = 1, 0
+        self.parts, self.size = 1, 0
         self._resumed_by: Mapping[str, str] = {}  # may hold a validator
 
     def _begin(self, headers: Mapping[str, str], total: int | None, *, is_resumable: bool) -> None:
@@ -92,8 +93,8 @@ class Body:
             raise FetchUnusable("sent more bytes than its Content-Length says")
         if response.stream.junk_lines:
             self.notes.append(f"{response.stream.junk_lines} malformed header lines")
-        if self._parts > 1:
-            self.notes.append(f"received in {self._parts} parts")
+        if self.parts > 1:
+            self.notes.append(f"received in {self.parts} parts")
 
     def _begin_part(self, headers: Mapping[str, str]) -> None:
         """Check that a 206 continues the file, or is the whole file."""
@@ -108,7 +109,7 @@ class Body:
                 or codings(headers.get("content-encoding", ""))
             ):
                 raise FetchUnusable("answered 206 with another part than requested")
-            self._parts += 1
+            self.parts += 1
             return
         if part is None or part[0] != 0:
             raise FetchUnusable("answered 206 with a part that was not requested")

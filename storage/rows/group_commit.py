@@ -146,21 +146,22 @@ class GroupCommit:
             self._waiting.append((delivery, durable))
             self._bytes += len(delivery.body)
             self._call_writer()
-        timer = self._loop.call_later(COMMIT_SECONDS, _end_late, durable)
+        timer = self._loop.call_later(COMMIT_SECONDS, self._end_late, durable)
         try:
             return await durable
-        except TimeoutError:
-            self._report_outage()
-            raise
         finally:
             timer.cancel()
             del durable  # an error of it refers to this call, and both would keep the body until a collection
 
-    def _report_outage(self) -> None:
-        """Log that the database does not end a commit, as one that waits for its standby. No statement fails then.
+    def _end_late(self, durable: asyncio.Future[Intake]) -> None:
+        """Give a delivery up, and log that the database ends no commit, as one that waits for its standby. No statement
+        fails then.
 
         The thread commits next, because its writes end the outage.
         """
+        if durable.done():
+            return
+        durable.set_exception(TimeoutError(f"not within {COMMIT_SECONDS} s"))
         self._database.outages.failed(f"database: {place(self._database.url)}: no commit ended in {COMMIT_SECONDS} s")
         self._quick_commits = 0
 
@@ -323,11 +324,6 @@ def _answer(
             durable.set_result(Intake.NEW if key in new else Intake.DUPLICATE)
             new.discard(key)
     batch[:] = [each for each in batch if again and each[0].key in again]  # `reason` refers to it, handlers to `reason`
-
-
-def _end_late(durable: asyncio.Future[Intake]) -> None:
-    if not durable.done():
-        durable.set_exception(TimeoutError(f"not within {COMMIT_SECONDS} s"))
 
 
 def _beyond_limit(connection: Connection, deliveries: list[Delivery], counted: set[uuid.UUID]) -> set[str]:
