@@ -66,6 +66,11 @@ WORK = {
             "events_dead",
             "Events that a sink never accepted; receiver events redeliver sends them again. Without clients' callbacks",
         ),
+        "waiting_files": (
+            "waiting_files",
+            "Files that the store or the spool folder refused at their last try, up to 2,000",
+        ),
+        "waiting_tasks": ("waiting_tasks", "Tasks whose last call to the provider failed, up to 4,000"),
         "audit_faults": ("audit_faults", "Faults that the continuous audit found and that still exist"),
         "audit_hashed": ("audit_hashed_files", "Files hashed in the current round of the audit"),
         "audit_share": ("audit_progress_ratio", "Completed part of the current round, 0 to 1"),

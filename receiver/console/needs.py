@@ -17,11 +17,9 @@ from storage.bucket.availability import NO_ANSWER_YET, BucketAvailability
 from storage.operations import attention, heartbeats, outbox
 from storage.operations.measures import Measures, at_most, measure
 
-# Every page needs these numbers. Ten consoles share one query.
-FRESH_SECONDS = 3.0
+FRESH_SECONDS = 3.0  # Every page needs these numbers. Ten consoles share one query.
 STORE_SECONDS = 0.1  # The longest that a page waits for the bucket, or for a write. The next page shows a later result.
-# A store that has not answered for this long is called slow, also on the first page after the start.
-SLOW_SECONDS = 2.0
+SLOW_SECONDS = 2.0  # A store that has not answered for this long is called slow, also just after the start.
 CHECK = "/console/settings#check"
 
 
@@ -97,14 +95,16 @@ class Needs:
         yield from (Need("bad", key, CHECK, {"reason": short(fault)}) for key, fault in faults.items() if fault)
         if waited > SLOW_SECONDS and not faults["store"]:
             yield Need("wait", "slow", "/console/archive", {"time": seconds(waited, "en")})
-        for cause in list(found.provider_waits)[:1]:
-            yield Need("wait", "provider", CHECK, {"n": sum(found.provider_waits.values()), "reason": short(cause)})
+        held = {} if faults["store"] else found.store_waits
+        for key, waits in (("provider", found.provider_waits), ("held", held)):
+            for cause in list(waits)[:1]:
+                yield Need("wait", key, CHECK, {"n": sum(waits.values()), "reason": short(cause)})
         if not workers and not faults["database"]:
             yield Need("bad", "workers", "/console/settings", {"due": at_most(found.due)})
         counts = (
             ("bad", "deadline", "tasks?files=expiring", found.deadline_near),
             ("bad", "failed", "tasks?files=failed", found.failed_assets),
-            ("wait", "again", "tasks?files=waiting", attention.waiting_files(session)),
+            ("wait", "again", "tasks?files=waiting", max(0, attention.waiting_files(session) - sum(held.values()))),
             ("wait", "overdue", "tasks", at_most(found.overdue) if workers else 0),
             ("bad", "dead", "events?state=dead", found.events_dead),
             ("wait", "unmatched", "deliveries?state=unmatched", found.unmatched),

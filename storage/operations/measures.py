@@ -121,8 +121,9 @@ class Measures:
         return f"{self.due:,}{'+' if self.due >= MAX_DUE else ''}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The measures as JSON values, with `callback_loss_rate`."""
-        return {**asdict(self), "callback_loss_rate": round(self.callback_loss_rate, 4)}
+        """The measures as JSON values, with `callback_loss_rate` and the sums of both kinds of waits."""
+        waits = {"waiting_files": sum(self.store_waits.values()), "waiting_tasks": sum(self.provider_waits.values())}
+        return {**asdict(self), **waits, "callback_loss_rate": round(self.callback_loss_rate, 4)}
 
 
 def measure(

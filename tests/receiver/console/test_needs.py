@@ -35,7 +35,7 @@ from tests.pipeline import deliver, insert_row
 from tests.plans import scans
 from tests.receiver.console.test_access import away
 from tests.receiver.web.test_readiness import set_read_only
-from tests.rows import LONG_AGO, new_asset
+from tests.rows import LONG_AGO, new_asset, new_assets
 
 ON_SQLITE = pytest.mark.databases("sqlite")  # the store alone, and links
 ITEM = re.compile(
@@ -48,7 +48,7 @@ SHOWN = {
     "disabled": "old-sink", "unmatched": "nobody-has-this", "rejected": "JSON", "audit": "vanished-object",
     "batch": "slow-batch",
 }  # fmt: skip
-ELSEWHERE = {"store", "slow", "provider", "room", "database"}
+ELSEWHERE = {"store", "slow", "provider", "held", "room", "database"}
 
 
 def everything(parts: Parts) -> None:
@@ -181,6 +181,16 @@ def test_provider_that_does_not_answer_is_shown(parts: Parts, capsys: pytest.Cap
     assert f"2 tasks wait: {said} · " in capsys.readouterr().out
     (need,) = [each for each in needs.Needs(make_console(parts)._of).now().needs if each.key == "provider"]
     assert (need.link, need.values) == ("/console/settings#check", {"n": 2, "reason": said})
+
+
+@ON_SQLITE
+def test_files_that_the_spool_folder_cannot_take_are_shown_once(parts: Parts) -> None:
+    full = "the disk of the spool folder is full; free space there"
+    new_assets(parts.database, 2, error=full, due_at=parts.database.now())
+    new_assets(parts.database, 1, error="answered 503", due_at=parts.database.now())
+    found = {each.key: each.values for each in needs.Needs(make_console(parts)._of).now().needs}
+    assert (found["held"], found["again"]) == ({"n": 2, "reason": full}, {"n": 1})
+    assert show.measured(parts).as_dict()["waiting_files"] == 2
 
 
 @ON_SQLITE
