@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from storage.fetch.transfer import Body
-from storage.http import client
+from storage.http import client, connection
 from storage.http.client import Connections, Request
 from storage.http.connection import GuardedStream
 
@@ -138,6 +138,15 @@ def test_an_unusual_head_is_left_to_httpcore(name: str) -> None:
 )
 def test_a_response_without_a_bounded_head_is_refused(response: bytes) -> None:
     assert outcome(response)[1][0] in (httpcore.RemoteProtocolError, client.NotHttp)
+
+
+@pytest.mark.parametrize("name", sorted((PLAIN | OTHERS).keys() - {"no body"}))  # bytes behind a 204 may be seen or not
+def test_a_head_comes_out_the_same_however_it_is_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    response = (PLAIN | OTHERS)[name] + BODY
+    expected = outcome(response)
+    for size in (1, 2, 3, 7):
+        monkeypatch.setattr(connection, "HEAD_READ_BYTES", size)
+        assert outcome(response) == expected
 
 
 NAMES = st.sampled_from([b"Content-Length", b"content-length", b"Transfer-Encoding", b"Connection", b"X", b"\xe9", b""])
