@@ -260,17 +260,23 @@ class LogStream:
                 self._is_pipe = False
             else:
                 return True
-        ready = select.poll()
-        ready.register(descriptor, select.POLLOUT)
-        if not ready.poll(0):
+        if not self._is_ready(0):
             return False
         self._put(line)
         return True
 
+    def _is_ready(self, milliseconds: int | None) -> bool:
+        ready = select.poll()
+        ready.register(self._descriptor or 0, select.POLLOUT)
+        return bool(ready.poll(milliseconds))
+
     def _put(self, line: bytes) -> None:
         rest = b"\n" * self._is_torn + line
         while rest:
-            rest = rest[os.write(self._descriptor or 0, rest) :]
+            try:
+                rest = rest[os.write(self._descriptor or 0, rest) :]
+            except BlockingIOError:  # a program that shares the terminal or pipe has made it non-blocking
+                self._is_ready(None)
             self._is_torn = bool(rest)
 
     def _hand_over(self, line: bytes) -> None:
