@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -29,6 +30,8 @@ SEARCH_PATH = re.compile(r"search_path ?= ?([^ ,]+)")
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
 NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # messages of SQLite
+# SQLite has 512 bytes for a path, and a disk 255 for a name. `-journal` is appended to both.
+MAX_PATH_BYTES, MAX_NAME_BYTES = 504, 247
 # psycopg's prefix before the message of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
 # If a name has several addresses, or the URL several hosts, psycopg lists their answers after the last one.
@@ -69,7 +72,10 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
     if said == LOCKED:
         return f" by another program for {SQLITE_BUSY_SECONDS} s; {who_holds(Path(url.database or ''))}"
     if said == NOT_OPENED:
-        folder = Path(url.database or "").absolute().parent
+        file = Path(url.database or "").absolute()
+        folder = file.parent
+        if len(os.fsencode(file)) > MAX_PATH_BYTES or len(os.fsencode(file.name)) > MAX_NAME_BYTES:
+            return f"; SQLite takes paths of at most {MAX_PATH_BYTES} bytes, and names of {MAX_NAME_BYTES}"
         return f"; check that this user may write in {folder}" if folder.is_dir() else f"; make the folder {folder}"
     if state == LOCK_TIMEOUT:
         return (

@@ -223,6 +223,17 @@ def test_a_missing_folder_of_the_database_is_named(receiver: CommandLine) -> Non
     assert done.err.endswith(f"unable to open database file; make the folder {receiver.folder / 'missing'}\n"), done
 
 
+def test_a_path_that_is_too_long_for_sqlite_is_named_as_such(receiver: CommandLine) -> None:
+    """It was said that the user may not write in the folder."""
+    said = "; SQLite takes paths of at most 504 bytes, and names of 247\n"
+    folder = receiver.folder
+    while len(str(folder)) < 500:
+        folder /= "f" * 60
+    folder.mkdir(parents=True)
+    for path in (folder / "receiver.db", receiver.folder / f"{'n' * 245}.db"):
+        assert receiver("migrate", RECEIVER_DATABASE_URL=f"sqlite:///{path}").err.endswith(said)
+
+
 def test_a_submit_without_credentials_sends_nothing_and_pauses_nothing(ready: CommandLine) -> None:
     done = ready(*ASK, RECEIVER_KLING_API_KEY=None)
     assert (done.code, "set RECEIVER_KLING_API_KEY" in done.err) == (1, True), done
