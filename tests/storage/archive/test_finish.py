@@ -15,10 +15,10 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.operate import Operator
 from storage.archive.delete import delete
 from storage.bucket.bucket import Bucket
-from storage.rows import claims
+from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName
-from storage.rows.models import Event, Task
-from storage.states import ArchiveState, Step
+from storage.rows.models import Asset, Event, Task
+from storage.states import ArchiveState, AssetState, Step
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
 from tests.pipeline import Wired, assert_archived, kept, make_due_now, run, task_of
@@ -58,6 +58,29 @@ def test_a_finish_that_keeps_ending_its_workers_is_parked_until_it_is_retried(
     Operator(parts.database, parts.providers, parts.schedule).retry(name)
     run(parts, "finishes")
     assert_archived(parts, sandbox, task_of(parts, name))
+
+
+def test_an_archive_whose_files_change_while_its_manifest_is_put_ends_with_the_next_manifest(
+    parts: Parts, sandbox: Sandbox, seaweed: Seaweed
+) -> None:
+    name, changed = before_its_finish(parts), list[str]()
+
+    def slow(request: Request, forward: Forward) -> Answer:
+        if request.puts_an_object and not changed:
+            changed.append(name)
+            with parts.database.write() as session:
+                session.execute(update(Asset).values(state=AssetState.DUE, **claims.DUE_NOW))
+                reports.reschedule(session, tasks.lock(session, task_of(parts, name).id), parts.schedule)
+        return forward(request)
+
+    with FaultProxy(seaweed, slow) as proxy:
+        behind = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+        with closing(Wired(parts.settings, bucket=behind)) as slowly:
+            run(slowly, "finishes")
+    task = task_of(parts, name)
+    assert (changed, task.archive, task.step, task.manifest_key) == ([name], ArchiveState.ARCHIVING, None, None)
+    run(parts, "assets", "finishes")
+    assert_archived(parts, sandbox, task_of(parts, name), manifests=2)
 
 
 def test_a_manifest_that_arrives_after_its_tasks_deletion_is_removed(parts: Parts, seaweed: Seaweed) -> None:
