@@ -23,7 +23,7 @@ def missing_file(parts: Parts) -> Result | None:
     if not parts.database.is_sqlite or file.exists():
         return None
     if not os.access(file.parent, os.W_OK | os.X_OK):
-        line = f"the folder {file.parent} is not there or may not be written"
+        line = f"the folder {file.parent.absolute()} is not there or may not be written"
         return Result("database", Status.FAULT, line, "create it for this user, or correct RECEIVER_DATABASE_URL")
     return _no_schema(parts, f"{file} does not exist yet")
 
