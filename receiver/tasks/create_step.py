@@ -343,7 +343,12 @@ class CreateStep:
         is_old = age.total_seconds() > OVERDUE_SECONDS and task.attempts >= OVERDUE_TRIES
         overdue = is_old and not waits_its_turn
         facts = {**tasks.named(task), "note": note, "seconds": round(due_in, 1)}
-        log.error("task.create_not_confirmed", **facts) if overdue else log.info("task.create_retry_scheduled", **facts)
+        if overdue:
+            log.error("task.create_not_confirmed", **facts)
+        elif waits_its_turn:
+            log.info("task.create_retry_scheduled", **facts)
+        else:
+            log.warning("task.create_retry_scheduled", **facts)
 
     def _accept(self, task: Task, answer: Created | Record) -> None:
         self._settle(task, answer.report)

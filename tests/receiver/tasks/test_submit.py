@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from sqlmodel import update
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.providers.kling.client import Kling
@@ -347,6 +348,16 @@ def test_list_shows_whether_a_create_arrived_if_tasks_cannot_be_read(
     task = go_on(parts)
     assert (task.state is TaskState.SUBMITTED, task.missed_at is None) == (arrived, arrived)
     assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize(("fault", "level"), [("5001", "warning"), ("1302", "info")])
+def test_create_that_a_fault_delays_is_a_warning(parts: Parts, sandbox: Sandbox, fault: str, level: str) -> None:
+    sandbox.set(create_faults=[fault])
+    with capture_logs() as lines:
+        submit_request(parts)
+    (line,) = [line for line in lines if line["event"] == "task.create_retry_scheduled"]
+    assert line["log_level"] == level
 
 
 @pytest.mark.databases("sqlite")
