@@ -1,6 +1,7 @@
 """Events as JSON lines: to a file, flushed to the disk before they count as delivered, or to standard output.
 
-Each batch opens the file again, so logrotate may move it at any time. Several processes may write to the same file.
+Each batch opens the file again, so logrotate may move it at any time, and a batch during which it did is written again.
+Several processes may write to the same file.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Lines:
             self._lock(file)
             yield file
             os.fsync(file)
+            if not _is_at(self._path, file):
+                raise OSError(errno.ESTALE, "rotated while lines were written; they are written again")
         finally:
             os.close(file)
 
@@ -106,6 +109,16 @@ class Lines:
         return f"{self._path} can be appended to"
 
     def close(self) -> None: ...
+
+
+def _is_at(path: Path, file: int) -> bool:
+    """Whether the open file still has this name. If not, logrotate may have compressed and removed it before the lines
+    were written. Lines that are written before it gets another name are in it when it is compressed.
+    """
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -380,6 +380,24 @@ def test_half_a_line_left_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
     assert half == b'{"id": "half'
 
 
+def test_lines_are_written_again_if_the_file_was_rotated_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been compressed and removed before they were written."""
+    file, flush = tmp_path / "events.jsonl", os.fsync
+
+    def rotate_first(number: int) -> None:
+        file.rename(tmp_path / "events.jsonl.1")
+        flush(number)
+
+    with monkeypatch.context() as rotating:
+        rotating.setattr(os, "fsync", rotate_first)
+        [failed] = Lines(file).send(messages(1))
+    assert isinstance(failed, SinkUnavailable) and "rotated while lines were written" in str(failed)
+    assert Lines(file).send(messages(1)) == [None]
+    assert whole_lines(file.read_bytes()) == ["t0"]
+
+
 def test_check_of_a_file_in_a_folder_without_write_access_names_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "events"
     folder.mkdir()
