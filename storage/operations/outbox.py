@@ -86,7 +86,12 @@ _OLDEST = select(_EVENTS.id, _PLACE).where(_EVENTS.seq.is_(None)).order_by(_EVEN
 _FRESH = _OLDEST.limit(bindparam("most", type_=Integer)).subquery()
 _NUMBERED = update(Event.__table__).where(_EVENTS.id == _FRESH.c.id)  # type: ignore[attr-defined]
 _NUMBERED = _NUMBERED.values(seq=bindparam("so_far", type_=BigInteger) + _FRESH.c.place)
-_NUMBERED = _NUMBERED.returning(_EVENTS.seq, _EVENTS.id, _EVENTS.name, _EVENTS.task_id)
+_TASKS = Task.__table__.c  # type: ignore[attr-defined]
+_OF_CLIENT = select(_TASKS.id).where(_TASKS.id == _EVENTS.task_id, _TASKS.client_callback_url.is_not(None))
+_OF_CLIENT = _OF_CLIENT.correlate(Event.__table__)  # type: ignore[attr-defined]
+_NUMBERED = _NUMBERED.returning(
+    _EVENTS.seq, _EVENTS.id, _EVENTS.name, _EVENTS.task_id, _OF_CLIENT.exists().label("of_client")
+)
 _COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
 # The counter may be behind the events: a dump that is restored into migrated tables brings them, and leaves its row as
 # the migration made it.
@@ -97,10 +102,6 @@ _COUNTED = update(Counter.__table__).where(_COUNTERS.name == COUNTER)  # type: i
 _COUNTED = _COUNTED.values(value=bindparam("until", type_=BigInteger))
 _SINKS = Sink.__table__.c  # type: ignore[attr-defined]
 _DISABLED = select(_SINKS.name).where(_SINKS.disabled_at.is_not(None))
-_TASKS = Task.__table__.c  # type: ignore[attr-defined]
-_WITH_CLIENT = select(_TASKS.id).where(
-    _TASKS.id.in_(bindparam("asked", expanding=True)), _TASKS.client_callback_url.is_not(None)
-)
 
 
 def sequence(database: Database, session: Session, subscriptions: Sequence[Subscription], *, limit: int = BATCH) -> int:
@@ -127,14 +128,11 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
 
 def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> bool:
     """Insert a dispatch for every event that an enabled sink wants, in the order of the events. False: none does."""
-    of_clients = [each.names for each in subscriptions if each.of_clients]
-    asked = {task_id for _, _, name, task_id in numbered if task_id and any(name in names for names in of_clients)}
-    clients = set(run(session, _WITH_CLIENT, {"asked": list(asked)}).scalars()) if asked else set()
     wanted = [
         (each.sink, event_id, task_id)
-        for _, event_id, name, task_id in numbered
+        for _, event_id, name, task_id, of_client in numbered
         for each in subscriptions
-        if name in each.names and (not each.of_clients or task_id in clients)
+        if name in each.names and (of_client or not each.of_clients)
     ]
     if wanted:
         _insert_dispatches(session, wanted)
