@@ -119,11 +119,12 @@ class Finisher:
 
     def _write(self, task: Task) -> tuple[list[Asset], dict[str, Any]]:
         """Put the manifest. Returns the files that it describes, and the columns that name it."""
-        with self._database.read() as session:
-            assets = tasks.assets_read(session, task.id)
-            names = aliases.aliases_of(session, task.id)
+        # Without a snapshot, because a change in between takes the claim away.
+        with self._database.autocommit_reader() as connection:
+            assets = tasks.assets_read(connection, task.id)
+            names = aliases.aliases_of(connection, task.id)
             # The last delivery that was applied reported the end.
-            delivery = next(iter(execute(session, _NEWEST_APPLIED, {"of": task.id}).rows), None)
+            delivery = next(iter(execute(connection, _NEWEST_APPLIED, {"of": task.id}).rows), None)
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
             content, digest = build(task, assets, names, delivery, self._version, predecessor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 import sqlalchemy
-from sqlalchemy import bindparam
+from sqlalchemy import Connection, bindparam
 from sqlmodel import Session
 
 from storage.database.prepared import execute
@@ -30,9 +30,9 @@ _ALIASES_OF = sqlalchemy.select(_ALIASES.provider_task_id).where(_ALIASES.task_i
 _ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
 
 
-def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
+def aliases_of(place: Session | Connection, task_id: uuid.UUID) -> list[str]:
     """Every id that the provider has used for the task."""
-    return [row.provider_task_id for row in execute(session, _ALIASES_OF, {"of": task_id}).rows]
+    return [row.provider_task_id for row in execute(place, _ALIASES_OF, {"of": task_id}).rows]
 
 
 _INSERT_ALIAS = {name: insert(TaskAlias.__table__) for name, insert in INSERTS.items()}  # type: ignore[attr-defined]
