@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import closing
 
+from sqlalchemy import func
+from sqlmodel import col, select
+
 from receiver.app.findings import Result, Status
 from receiver.app.wiring import Parts
 from receiver.base.config import Settings
@@ -15,7 +18,10 @@ from receiver.events.make import make
 from receiver.providers.base import plain
 from storage.errors import GiveUp, Retry
 from storage.fetch.addresses import host_of
-from storage.operations import heartbeats, measures
+from storage.keys import as_argument
+from storage.operations import heartbeats, measures, outbox
+from storage.operations.counted import counted
+from storage.rows.models import Dispatch
 
 # What to do about a sink that cannot be reached, by kind.
 SINK_ADVICE = {
@@ -60,6 +66,23 @@ def numbers(parts: Parts) -> Iterator[Result]:
         yield Result("events", Status.FAULT, fault, advice)
     else:
         yield Result("events", Status.NOTE, fault, "workers number them, and none is alive")
+
+
+def undelivered(parts: Parts) -> Iterator[Result]:
+    """Check which sinks did not take their events, and the last answer of each. Without the clients of the gateway."""
+    kinds = {
+        outbox.IS_DEAD: ("given up", "repair that receiver, then `receiver events redeliver --all-dead --sink {}`"),
+        outbox.IS_OPEN & col(Dispatch.error).is_not(None): ("waiting", "repair that receiver; they are sent again"),
+    }
+    with parts.database.read() as session:
+        for condition, (words, advice) in kinds.items():
+            # The limit, which nothing reaches, holds SQLite to the index of the condition.
+            rows = select(Dispatch.sink, Dispatch.id).where(condition).limit(2**62).subquery().c
+            newest = select(rows.sink, func.count(), func.max(rows.id)).group_by(rows.sink)
+            for name, count, dispatch in session.execute(newest.where(rows.sink != outbox.CLIENTS)).all():
+                error = session.execute(select(Dispatch.error).where(col(Dispatch.id) == dispatch)).scalar_one()
+                line = plain(f"{counted(count, 'event')} {words}, the newest after: {error}", MAX_LINE_CHARS)
+                yield Result(f"events to {name}: {words}", Status.NOTE, line, advice.format(as_argument(name)))
 
 
 def proxies(settings: Settings) -> Iterator[Result]:

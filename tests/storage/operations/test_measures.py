@@ -251,6 +251,22 @@ def test_status_names_the_rows_that_need_a_person(parts: Parts, capsys: pytest.C
     assert f"  deliveries unmatched: {unmatched.id}" in said
 
 
+def test_check_says_what_sinks_answered(parts: Parts) -> None:
+    for sink, state in (("a b", "dead"), ("b", "dead"), ("b", "due"), ("c", "due"), ("client", "dead")):
+        tell(parts, sink, DispatchState(state), seconds_ago=60)
+    with parts.database.write() as session:
+        session.execute(update(Dispatch).where(col(Dispatch.sink) != "c").values(error="a-host answered 500"))
+    found = {each.name: (each.line, each.advice) for each in check_events.undelivered(parts)}
+    given_up = "1 event given up, the newest after: a-host answered 500"
+    mend = "repair that receiver, then `receiver events redeliver --all-dead --sink"
+    waits = "1 event waiting, the newest after: a-host answered 500"
+    assert found == {
+        "events to a b: given up": (given_up, f"{mend} 'a b'`"),
+        "events to b: given up": (given_up, f"{mend} b`"),
+        "events to b: waiting": (waits, "repair that receiver; they are sent again"),
+    }
+
+
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_callbacks_that_a_client_never_accepts_are_shown_and_no_fault(web: Web, parts: Parts) -> None:
     """Three creates with a callback address that answers 410 would hide the loss of an operator's event for good."""
