@@ -138,6 +138,10 @@ def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: R
     assert "Picture 0, a try failed: the file host answered 502" in page
     assert "client: answered 500 (3 tries)" in page and "webhook (3 tries)" in page
     assert ">Read, " in page and ">Callback, " in page
+    with parts.database.write() as session:
+        session.get_one(Asset, asset.id).unusable_since = later
+    accept = 'name="accept"'
+    assert accept not in page and accept in ann.page(f"/tasks/{task.external_task_id}"), "only of a damaged file"
 
 
 @BOTH
