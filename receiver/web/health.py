@@ -115,7 +115,9 @@ class Health:
             elif not is_other:
                 with self._database.write() as session:
                     session.execute(delete(Worker).where(false()))  # refused where nothing may be written
-            words = "newer than this version" if migrations.is_newer(schema) else "behind"
+            words = "behind: run `receiver migrate`"
+            if migrations.is_newer(schema):
+                words = f"newer than this version: {migrations.IF_NEWER}"
             checks |= {"database": "ok", "schema": words if is_other else "ok"}
             if not is_other:
                 checks["workers"] = "ok" if heartbeats.count_alive(self._database) else "none alive"

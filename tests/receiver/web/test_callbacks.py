@@ -775,13 +775,13 @@ def test_ready_says_ok_with_a_worker_and_degraded_without(web: Web, parts: Parts
 
 @pytest.mark.databases("sqlite")
 @WATCHED
-@pytest.mark.parametrize(("schema", "words"), [("0000", "behind"), ("9999", "newer than this version")])
+@pytest.mark.parametrize(("schema", "words"), [("0000", "run `receiver migrate`"), ("9999", "newer than this version")])
 def test_a_schema_of_another_version_is_not_ready(web: Web, parts: Parts, schema: str, words: str) -> None:
     with parts.database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = :schema"), {"schema": schema})
     assert httpx.get(f"{web.url}/readyz").json() == {"status": "unavailable"}
     found = httpx.get(f"{web.url}/readyz", headers={"Authorization": f"Bearer {METRICS_TOKEN}"}).json()
-    assert found["checks"]["schema"] == words
+    assert words in found["checks"]["schema"]
 
 
 @ON_SQLITE
