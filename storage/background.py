@@ -12,8 +12,9 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
-# The ASGI scope's extension with which an application ends its connection at once.
-ABORT = "receiver.abort"
+# The ASGI scope's extension that is the connection of the request (`receiver.web.http_protocol`). Other servers, and
+# clients of tests, do not have it, and neither has a request whose client has left.
+CONNECTION = "receiver.connection"
 
 # A turn takes at most a tenth of the time while many wait. One that took long, as on a busy machine, rests for this.
 RESTS, MAX_REST_SECONDS = 9, 0.5
@@ -78,8 +79,8 @@ class BackgroundCheck:
 
 async def abort(scope: Mapping[str, Any], receive: Receive) -> None:
     """End the connection of a request in the middle of its answer, so that the answer does not seem whole."""
-    if extension := scope["extensions"].get(ABORT):  # else its client has left already
-        extension["abort"]()
+    if connection := scope["extensions"].get(CONNECTION):
+        connection.abort()
     await _disconnect(receive)
 
 

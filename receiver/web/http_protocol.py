@@ -24,10 +24,9 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from receiver.web.joined_writes import ARRIVED_BODY, WHOLE_ANSWER, JoinedWrites, WholeAnswer
-from receiver.web.rate_limits import HELD
+from receiver.web.joined_writes import JoinedWrites, WholeAnswer
 from receiver.web.reader_speed import ReaderSpeed
-from storage.background import ABORT
+from storage.background import CONNECTION
 
 log = structlog.get_logger()
 
@@ -118,10 +117,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._speed: ReaderSpeed | None = None  # of the answers in progress, once bytes wait for their reader
         self._in_work: RequestResponseCycle | None = None
         self._not_begun: asyncio.Task[None] | None = None  # the handler of a request in the bytes that are being read
-        self._extensions: dict[str, dict[object, object]] = {
-            WHOLE_ANSWER: {"send": self._send_whole}, ARRIVED_BODY: {"take": self._take_body},
-            HELD: {"hold": self._hold}, ABORT: {"abort": self._abort},
-        }  # fmt: skip
+        self._extensions: dict[str, Any] = {CONNECTION: self}
 
     def shutdown(self) -> None:
         self._keeps_alive = False  # the end of a body under way would restore it and delay the shutdown
@@ -169,14 +165,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
 
-    def _take_body(self) -> tuple[bytes, bool]:
+    def take_body(self) -> tuple[bytes, bool]:
         """What has arrived of the body in progress, and whether to await more."""
         cycle = self._in_work
         assert cycle is not None
         body, cycle.body = bytes(cycle.body), bytearray()
         return body, cycle.more_body
 
-    def _send_whole(self, answer: WholeAnswer) -> bool:
+    def send_whole(self, answer: WholeAnswer) -> bool:
         """Answer the request in progress. False: its client does not read, and `send` waits for it."""
         cycle = self._in_work
         assert cycle is not None and not cycle.response_started
@@ -192,11 +188,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         cycle.on_response()
         return True
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
         self.transport.abort()
 
     @contextmanager
-    def _hold(self) -> Iterator[None]:
+    def hold(self) -> Iterator[None]:
         if self in self._waiting or self in self._working:  # it is neither lost nor refused
             self._enter(self._held)
         try:

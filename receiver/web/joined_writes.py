@@ -1,7 +1,7 @@
 """A transport whose answers leave in one write: uvicorn writes head and body apart, and each write is a system call.
 
 Also what an application uses of a connection beyond ASGI, because it costs less: a whole answer, and a body that has
-arrived. Other servers, and clients of tests, do not have it.
+arrived.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
+from storage.background import CONNECTION
+
 HEAD_START = b"HTTP/1.1 "
-# The scope's extension with which an application sends a whole answer: `WholeAnswer`.
-WHOLE_ANSWER = "receiver.whole_answer"
-# The one with which it takes what has arrived of a body: `arrived_body`.
-ARRIVED_BODY = "receiver.arrived_body"
 
 
 def arrived_body(scope: Scope) -> tuple[bytes, bool]:
     """Take what has arrived of a body, without a wait. Also returns whether to await more."""
-    extension = scope.get("extensions", {}).get(ARRIVED_BODY)
-    return extension["take"]() if extension else (b"", True)
+    connection = scope.get("extensions", {}).get(CONNECTION)
+    return connection.take_body() if connection else (b"", True)
 
 
 class WholeAnswer:
@@ -36,8 +34,8 @@ class WholeAnswer:
 
     async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Send in one write if the connection supports that."""
-        extension = scope.get("extensions", {}).get(WHOLE_ANSWER)
-        if extension is None or not extension["send"](self):
+        connection = scope.get("extensions", {}).get(CONNECTION)
+        if connection is None or not connection.send_whole(self):
             for message in self._messages:
                 await send(message)
 

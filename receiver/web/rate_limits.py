@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from starlette.types import Receive, Scope
 
 from receiver.tasks.allowance import Allowance
+from storage.background import CONNECTION
 
 REMEMBERED_TASKS = 10_000
 # How many answers that need no key are sent at once, each second and after a pause; health checks ask once a second.
@@ -18,8 +19,6 @@ KEYLESS_A_SECOND, MOST_KEYLESS = 50, 200
 HOLD_SECONDS = 0.25
 # Refusals that need no key. A client of the gateway that asks for an unknown task gets a 400.
 KEYLESS_STATUSES = (401, 404, 405)
-# The scope's extension that marks a connection whose answer is held back: `held`.
-HELD = "receiver.held"
 
 
 class RateLimit:
@@ -45,8 +44,8 @@ class RateLimit:
 
 def held(scope: Scope) -> AbstractContextManager[None]:
     """A block that delays an answer. Its connection makes room for others if the server supports that."""
-    extension = scope.get("extensions", {}).get(HELD)
-    return extension["hold"]() if extension else nullcontext()
+    connection = scope.get("extensions", {}).get(CONNECTION)
+    return connection.hold() if connection else nullcontext()
 
 
 async def hold_back(scope: Scope, receive: Receive, seconds: float, most_body_bytes: int) -> None:

@@ -29,7 +29,7 @@ from tests.pipeline import Web, assert_archived, task_of
 # again. Lower them when the path gets shorter.
 MAX_FUNCTIONS, MAX_FILES = 284, 54
 # Lines of code of these functions, run or not: up to the 200, and in all.
-MAX_LINES_TO_200, MAX_LINES = 504, 2_088
+MAX_LINES_TO_200, MAX_LINES = 502, 2_086
 COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>", "<lambda>")
 
 # The sandbox answers in these.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from types import SimpleNamespace
 from typing import cast
 from uuid import uuid4
 
@@ -33,7 +34,7 @@ from receiver.console.live import Pace
 from receiver.console.needs import Needs
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import Notices, Visit, environment
-from storage.background import ABORT, MOST_TURNS
+from storage.background import CONNECTION, MOST_TURNS
 from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset
@@ -238,7 +239,7 @@ def test_no_message_follows_the_end_of_a_session(end: str, database: Database, m
     guard = Guard(Access([ANN, BEN], clock), Policy(lambda: None), cast(Needs, None), int)
     cookie = f"{COOKIE}={guard.access.log_in(ACT_KEY)}".encode()
     aborted = list[str]()
-    extensions = {ABORT: {"abort": lambda: aborted.append(end)}}
+    extensions = {CONNECTION: SimpleNamespace(abort=lambda: aborted.append(end))}
     request = Request({"type": "http", "headers": [(b"cookie", cookie)], "extensions": extensions}, left)
     stream = guard._while_logged_in(request, live.Live(database)._tell())
 

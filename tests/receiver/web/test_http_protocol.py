@@ -363,13 +363,13 @@ def test_answers_have_security_headers_and_no_banner(web: Web) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tcp_info")
 @pytest.mark.parametrize("end", [b"", b"Connection: close\r\n"])
 def test_whole_answer_equals_the_one_of_two_messages(web: Web, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
-    whole, is_sent_whole = http_protocol.BoundedHttpProtocol._send_whole, list[bool]()
+    whole, is_sent_whole = http_protocol.BoundedHttpProtocol.send_whole, list[bool]()
 
     def send_whole(protocol: http_protocol.BoundedHttpProtocol, answer: WholeAnswer) -> bool:
         is_sent_whole.append(not is_sent_whole and whole(protocol, answer))
         return is_sent_whole[-1]
 
-    monkeypatch.setattr(http_protocol.BoundedHttpProtocol, "_send_whole", send_whole)
+    monkeypatch.setattr(http_protocol.BoundedHttpProtocol, "send_whole", send_whole)
     head = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n".encode()
     answers = []
     for _ in range(2):
