@@ -24,7 +24,9 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from receiver.tasks.allowance import Allowance
 from receiver.web.joined_writes import JoinedWrites, WholeAnswer
+from receiver.web.rate_limits import KEYLESS_A_SECOND, MOST_KEYLESS
 from receiver.web.reader_speed import ReaderSpeed
 from storage.background import CONNECTION
 
@@ -48,8 +50,8 @@ FRAMING_PER_BODY_BYTE = 8
 # Requests that may wait behind the one in progress, each some 4 kB and 15 µs. No client we know pipelines. uvicorn
 # keeps every request of one read, up to 2,400, and reads again after each answer.
 MAX_PIPELINED = 4
-# How long a connection with more requests is kept before it is answered and closed. Without this delay twenty senders
-# that reconnect at once took 40 % of a processor.
+# How long a connection with more requests is kept before it is answered and closed, and any other that is refused while
+# there are many. Without this delay twenty senders that reconnect at once took 40 % of a processor.
 TARPIT_SECONDS = 1.0
 # Heads in the first bytes are counted before they are parsed. Counting them in 256 KiB takes as long as parsing five.
 HEAD_END, FLOOD_BYTES = b"\r\n\r\n", 4 * 1024
@@ -103,6 +105,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _held: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
+    _prompt = Allowance(KEYLESS_A_SECOND, MOST_KEYLESS)  # refusals that are not delayed
     max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
     flow: _Flow
     _timer: asyncio.TimerHandle  # of a head, and of the delay of a refusal
@@ -377,11 +380,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._note_progress()  # an earlier request in the same bytes is in work
 
     def _close_with(self, status: int) -> None:
-        if status == 429 and self not in self._refused:
+        is_late = self in self._refused
+        if not is_late and (status == 429 or self._prompt.is_spent):
             self.flow.end_reading()
             self._enter(self._refused)
             self._timer = self.loop.call_later(TARPIT_SECONDS, self._close_with, status)
         elif not self.transport.is_closing():
+            if not is_late:
+                self._prompt.spend(1)
             if not (self._has_request and self.cycle.response_started):  # it would seem to be a part of that answer
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from receiver.app.wiring import Parts
+from receiver.tasks.allowance import Allowance
 from receiver.web import account_budget, callbacks, http_protocol, rate_limits
 from receiver.web.joined_writes import WholeAnswer
 from tests.console_reader import KEYS, Reader
@@ -238,6 +239,19 @@ def test_keyless_answers_are_held_back_while_there_are_many(
         assert time.monotonic() - started > rate_limits.HOLD_SECONDS / 2
         monkeypatch.setattr(rate_limits, "HOLD_SECONDS", 3_600)
         assert client.post(f"/callbacks/kling/{web.account_token}", content=b"{}").status_code == 200
+
+
+def test_refused_heads_are_held_back_while_there_are_many(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty senders of malformed requests that reconnected at once took 42 % of a processor."""
+    monkeypatch.setattr(http_protocol.BoundedHttpProtocol, "_prompt", Allowance(1e-6, 0.5))
+    took = []
+    for _ in range(2):
+        with connection(web) as raw:
+            started = time.monotonic()
+            raw.sendall(b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert read_to_end(raw).startswith(b"HTTP/1.1 400")
+            took.append(time.monotonic() - started)
+    assert took[1] > http_protocol.TARPIT_SECONDS / 2
 
 
 @pytest.mark.parametrize("changes", [{"cors_origins": "https://app.example.com"}])
