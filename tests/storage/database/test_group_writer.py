@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session
+from sqlmodel import Session, select
 from structlog.testing import capture_logs
 
 from storage.database import group_writer
@@ -24,7 +25,7 @@ from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, SessionReplaced
 from storage.rows import claims, tasks
 from storage.rows.deliveries import Delivery, store
-from storage.rows.models import Asset
+from storage.rows.models import Asset, Task
 from storage.states import AssetState
 from tests.harness import wait_until
 from tests.rows import new_asset, new_assets, new_task, stored
@@ -392,6 +393,49 @@ def test_a_close_while_the_writer_is_being_started_fails_nothing(
     monkeypatch.setattr(threading.Thread, "start", close_first)
     database.write_in_group(settling(asset))
     assert states(database, [asset]) == [AssetState.ARCHIVED]
+
+
+def test_what_was_acknowledged_is_there_and_what_failed_is_not(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads write while operations and commits fail at random, and while the writer is closed again and again."""
+    transaction, chance, stop = database._group_writer._transaction, random.Random(1), threading.Event()
+    there, absent = set[str](), set[str]()
+
+    @contextmanager
+    def unreliable() -> Iterator[Session]:
+        with transaction() as session:
+            yield session
+            if chance.random() < 0.1:
+                raise chance.choice([DatabaseUnavailable("away"), SessionReplaced("read-only")])
+
+    def write() -> None:
+        while not stop.is_set():
+            name, fails = uuid.uuid4().hex, chance.random() < 0.1
+
+            def insert(session: Session, name: str = name, fails: bool = fails) -> None:
+                new_task(session, external_task_id=name, due_at=None)
+                if fails:
+                    raise LostClaim(name)
+
+            try:
+                database.write_in_group(insert)
+                there.add(name)
+            except (LostClaim, DatabaseUnavailable):
+                absent.add(name)
+
+    monkeypatch.setattr(database._group_writer, "_transaction", unreliable)
+    with ThreadPoolExecutor(4) as threads:
+        futures = [threads.submit(write) for _ in range(4)]
+        for _ in range(10):
+            time.sleep(0.01)
+            database._group_writer.close()
+        stop.set()
+        for future in futures:
+            future.result(SECONDS)
+    with database.read() as session:
+        found = set(session.scalars(select(Task.external_task_id)))
+    assert there and absent and (there - found, absent & found) == (set(), set())
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
