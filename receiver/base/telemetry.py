@@ -32,7 +32,10 @@ WORK = {
         "due": ("due_rows", "Rows that wait for a worker now"),
         "overdue": ("overdue_rows", "Rows that have waited for a worker for more than a minute"),
         "oldest_due_seconds": ("oldest_due_seconds", "Time since the oldest waiting row became due"),
-        "failed_assets": ("failed_assets", "Files that were given up; receiver retry makes them due again"),
+        "failed_assets": (
+            "failed_assets",
+            "Files given up and not dismissed; receiver retry makes them due again",
+        ),
         "unmatched": ("unmatched_callbacks", "Deliveries without a known task, not dismissed"),
         "deadline_near": (
             "deadline_near_tasks",

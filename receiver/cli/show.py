@@ -244,7 +244,7 @@ def _concerned(parts: Parts, found: Measures) -> Iterator[str]:
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
     kinds = (
         ("files given up", found.failed_assets, "failed"),
-        ("files unusable and still tried", found.unusable_files, "waiting"),
+        ("files tried again", found.unusable_files or found.store_waits, "waiting"),
         ("near their deadline", found.deadline_near, "expiring"),
     )
     with parts.database.read() as session:

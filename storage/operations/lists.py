@@ -41,6 +41,9 @@ WITH_FILES = 1_000
 # States of a delivery whose report was not applied.
 REFUSED = (CallbackState.REJECTED, CallbackState.UNREADABLE)
 
+# Files that were given up and not dismissed, of which a person has to decide. The literal is that of their index.
+GIVEN_UP: Any = (col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")) & not_dismissed(Asset.error)
+
 
 @dataclass
 class Page:
@@ -131,7 +134,7 @@ def _tasks_with_files(session: Session, files: str, lead_seconds: float) -> list
     elif files == "waiting":
         some = [waiting_files().limit(WITH_FILES)]
     else:
-        failed = select(Asset.task_id).where(col(Asset.state) == literal_column(f"'{AssetState.FAILED}'"))
+        failed = select(Asset.task_id).where(GIVEN_UP)
         some = [failed.order_by(col(Asset.created_at).desc()).limit(WITH_FILES)]
     return list({task_id for each in some for task_id in session.execute(each).scalars()})
 

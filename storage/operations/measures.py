@@ -16,12 +16,12 @@ from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
 from storage.bucket import store_errors
 from storage.database.clock import db_now_once
-from storage.operations import deadlines, outbox
+from storage.operations import deadlines, lists, outbox
 from storage.operations.counted import counted
 from storage.operations.ended import Ended, EndedLastDay
 from storage.rows import events, tasks
 from storage.rows.models import Asset, Callback, Dispatch, Task
-from storage.states import UNMATCHED, ArchiveState, AssetState, CallbackState, Step
+from storage.states import UNMATCHED, ArchiveState, CallbackState, Step
 
 # An idle worker claims a due row within a second.
 OVERDUE_SECONDS = 60
@@ -70,16 +70,17 @@ class SinkMeasures:
 class Measures:
     """The current rows in numbers. Fields named `…_day`: tasks that ended within the last 24 h.
 
-    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `store_waits`, `provider_waits`: see the
-    functions of these names. `unusable_files`: files whose hosts answer with something unusable and that are still
-    tried, `unusable_seconds`: age of the oldest, `incomplete_open`: tasks that are incomplete because of them.
-    `callbacks_expected`: tasks that ended in the last 24 h, at least five minutes ago, and asked for a callback.
-    `callbacks_lost`: those of them whose end no callback reported. `callbacks_late`: tasks whose callback came after a
-    read had reported the end. `late_seconds`: the longest of those delays. `events_open`: undelivered events, counted
-    per sink, and once if they have no number yet. `oldest_event_seconds`: age of the oldest of them. `events_dead`:
-    events that were given up, without the callbacks of the gateway's clients, which only `sinks` has. `audit_…`: the
-    continuous audit: current faults, files hashed in this round, completed share of it (0 to 1), whether it is late (0
-    or 1), seconds since the last complete round (None = no round has ended). `accounts`, `sinks`: by name.
+    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `failed_assets`: files that were given
+    up and not dismissed. `store_waits`, `provider_waits`: see the functions of these names. `unusable_files`: files
+    whose hosts answer with something unusable and that are still tried, `unusable_seconds`: age of the oldest,
+    `incomplete_open`: tasks that are incomplete because of them. `callbacks_expected`: tasks that ended in the last 24
+    h, at least five minutes ago, and asked for a callback. `callbacks_lost`: those of them whose end no callback
+    reported. `callbacks_late`: tasks whose callback came after a read had reported the end. `late_seconds`: the longest
+    of those delays. `events_open`: undelivered events, counted per sink, and once if they have no number yet.
+    `oldest_event_seconds`: age of the oldest of them. `events_dead`: events that were given up, without the callbacks
+    of the gateway's clients, which only `sinks` has. `audit_…`: the continuous audit: current faults, files hashed in
+    this round, completed share of it (0 to 1), whether it is late (0 or 1), seconds since the last complete round (None
+    = no round has ended). `accounts`, `sinks`: by name.
     """
 
     due: int
@@ -153,7 +154,7 @@ def measure(
         audit_age_seconds=audit.age_seconds,
         **_unusable(session, now),
         accounts=_accounts(session, slots),
-        failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
+        failed_assets=_count(session, lists.GIVEN_UP),
         unmatched=session.exec(select(func.count()).select_from(Callback).where(text(UNMATCHED))).one(),
         deadline_near=count_deadline_near(session, deadline_seconds),
         store_waits=store_waits(session),

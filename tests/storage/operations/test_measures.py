@@ -23,10 +23,13 @@ from receiver.base.telemetry import DEPRECATED, WORK, WORK_OF_EACH
 from receiver.cli import show
 from receiver.gateway import client_callback
 from receiver.sandbox import Sandbox
+from receiver.tasks.operate import Operator
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.bucket.store_errors import refusal
 from storage.database.sessions import Database
+from storage.filters import TaskFilter
 from storage.operations import deadlines, heartbeats, measures, outbox
+from storage.operations.lists import newest_tasks
 from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
 from storage.rows import events
 from storage.rows.events import EventName
@@ -233,6 +236,21 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
     assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
     assert (found.events_open, found.events_dead) == (3, 2)
     assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
+
+
+def test_dismissal_ends_the_alarm_of_files_that_were_given_up(parts: Parts) -> None:
+    task = insert_row(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.INCOMPLETE, step=None, due_at=None)
+    with parts.database.write() as session:
+        new_asset(session, task, 0, state=AssetState.FAILED, error="broken", due_at=None)
+        new_asset(session, task, 1)
+
+    def alarmed() -> tuple[int, int]:
+        with parts.database.read() as session:
+            return measured(parts).failed_assets, len(newest_tasks(session, TaskFilter(files="failed"), None).rows)
+
+    assert alarmed() == (1, 1)
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(task.external_task_id, "gone")
+    assert alarmed() == (0, 0)
 
 
 def test_status_names_the_rows_that_need_a_person(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
