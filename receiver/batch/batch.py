@@ -11,13 +11,13 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from sqlmodel import Session
 
 from receiver.batch import batch_file
 from receiver.batch.batch_file import BatchInvalid, Fault, Line
-from receiver.providers.base import ProviderRequest, RequestInvalid, plain
+from receiver.providers.base import ProviderRequest, RequestInvalid, is_storable, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.submit import Submitter
 from storage.accounts import batches, slots
@@ -73,6 +73,25 @@ class Batches:
         request = self._submitter.parse(fields)
         self._submitter.check_slots(request)
         return request
+
+    def spelling(self, name: str) -> str:
+        """How a batch's name is stored: as that of the batch here that reads the same, else composed (NFC).
+
+        The ids of its requests hold the name. The same file, from macOS and typed by a person, was paid twice.
+        """
+        if not is_storable(name):
+            return name
+        with self._database.read() as session:
+            batch = batches.find(session, name)
+        return batch.name if batch else batch_file.composed(name)
+
+    def read(
+        self, file: BinaryIO, format: batch_file.Format | None, name: str, *, is_file_name: bool = False
+    ) -> tuple[Plan, list[Line]]:
+        """Read a file and compare it with the existing rows, under the name as it is stored. See `plan`."""
+        name = self.spelling(name)
+        lines = batch_file.read(file, format, name, self.check)
+        return self.plan(name, lines, is_file_name=is_file_name), lines
 
     def plan(self, name: str, lines: Sequence[Line], *, is_file_name: bool = False) -> Plan:
         """Compare a file with the existing rows. Changes nothing.
@@ -199,6 +218,7 @@ class Batches:
         """
         if faults := list(batch_file.name_faults(new_name)):
             raise BatchInvalid(faults)
+        name, new_name = self.spelling(name), self.spelling(new_name)
         if new_name == name:
             raise BatchInvalid([Fault(0, "the ids of this batch are used up: give another name")])
         lines: list[Line] = []

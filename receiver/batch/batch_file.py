@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -110,6 +111,11 @@ def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list
     if faults:
         raise BatchInvalid(faults)
     return found
+
+
+def composed(name: str) -> str:
+    """The name with each accent in its letter (NFC), as it is typed everywhere."""
+    return unicodedata.normalize("NFC", name)
 
 
 def name_faults(name: str) -> Iterator[Fault]:

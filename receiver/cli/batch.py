@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import typer
 
@@ -168,6 +168,7 @@ def submit(
                 _show_estimate(parts, plan, lines, prices, as_json=as_json)
                 return
             _put(parts, plan)
+            name = plan.name
         except BatchInvalid as error:
             _show_faults(file, error, as_json=as_json)
             if is_file_name and not as_json and any(not fault.line for fault in error.faults):
@@ -233,24 +234,29 @@ def _batches(parts: Parts) -> Batches:
 
 
 def _plan(parts: Parts, file: str, name: str, format: str | None, *, is_file_name: bool) -> tuple[Plan, list[Line]]:
+    named = format or Path(file).suffix.lstrip(".").lower()
+    kind: Literal["csv", "jsonl"] | None = "csv" if named == "csv" else "jsonl" if named == "jsonl" else None
+    if file == "-":
+        return _read(parts, sys.stdin.buffer, kind, name, is_file_name=is_file_name)
+    try:
+        with Path(file).open("rb") as opened:
+            return _read(parts, opened, kind, name, is_file_name=is_file_name)
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}", param_hint="--batch") from None
+
+
+def _read(
+    parts: Parts, file: BinaryIO, kind: Literal["csv", "jsonl"] | None, name: str, *, is_file_name: bool
+) -> tuple[Plan, list[Line]]:
+    """The file compared with the rows. A dry run may have no database."""
     from receiver.batch import batch_file
+    from receiver.batch.batch import Plan
 
     of = _batches(parts)
-    named = format or Path(file).suffix.lstrip(".").lower()
-    kind: batch_file.Format | None = "csv" if named == "csv" else "jsonl" if named == "jsonl" else None
-    if file == "-":
-        lines = batch_file.read(sys.stdin.buffer, kind, name, of.check)
-    else:
-        try:
-            with Path(file).open("rb") as opened:
-                lines = batch_file.read(opened, kind, name, of.check)
-        except OSError as error:
-            raise typer.BadParameter(f"{file} cannot be read: {error.strerror}", param_hint="--batch") from None
-    if _is_missing(parts):
-        from receiver.batch.batch import Plan
-
-        return Plan(name, new=lines), lines
-    return of.plan(name, lines, is_file_name=is_file_name), lines
+    if not _is_missing(parts):
+        return of.read(file, kind, name, is_file_name=is_file_name)
+    lines = batch_file.read(file, kind, name, of.check)
+    return Plan(name, new=lines), lines
 
 
 def _put(parts: Parts, plan: Plan) -> None:

@@ -5,6 +5,7 @@ Queries and inserts only. Sessions are passed in and callers own the transaction
 
 from __future__ import annotations
 
+import unicodedata
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -82,7 +83,10 @@ class Counts:
 
 
 def find(session: Session, name: str) -> Batch | None:
-    return session.exec(select(Batch).where(Batch.name == name)).one_or_none()
+    """The batch of that name, else one whose name reads the same: macOS decomposes the accents of a file's name."""
+    forms = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]
+    found = session.exec(select(Batch).where(col(Batch.name).in_(set(forms))))
+    return min(found, key=lambda batch: forms.index(batch.name), default=None)
 
 
 def make(session: Session, name: str) -> Batch:

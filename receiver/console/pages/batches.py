@@ -9,7 +9,7 @@ from sqlmodel import col, select
 from starlette.responses import Response
 
 from receiver.base.visible import short
-from receiver.batch import batch_file, batch_report
+from receiver.batch import batch_report
 from receiver.batch.batch import Plan
 from receiver.batch.batch_file import BatchInvalid, Fault
 from receiver.batch.checked_files import CheckedFile, CheckedFiles, given_file
@@ -116,8 +116,8 @@ class BatchPages:
         try:
             if is_empty:
                 raise BatchInvalid([Fault(0, NO_FILE)])
-            lines = batch_file.read(io.BytesIO(given.content), given.format, given.name, self._of.batches.check)
-            plan = self._of.batches.plan(given.name, lines, is_file_name=given.is_file_name)
+            content = io.BytesIO(given.content)
+            plan, _ = self._of.batches.read(content, given.format, given.name, is_file_name=given.is_file_name)
             if key and visit.form.get("step") == "send":
                 return self._send(visit, plan)
         except BatchInvalid as error:

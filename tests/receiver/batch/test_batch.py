@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+import unicodedata
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ from storage.archive.delete import delete
 from storage.database.sessions import Database
 from storage.errors import UserError
 from storage.operations import heartbeats
-from storage.rows.models import Asset, Callback, Task
+from storage.rows.models import Asset, Batch, Callback, Task
 from storage.states import ArchiveState, CallbackState, TaskState
 from tests.command_line import Done, variables
 from tests.harness import wait_until
@@ -537,6 +538,30 @@ def test_second_file_of_one_name_is_refused_until_the_name_is_given(command: Com
     assert "give another name, or give this one" in done.err and "--name NAME gives" in done.err
     assert command("submit", "--batch", "night.csv", "--name", "night").code == 0
     assert len(rows(parts)) == len(LINES) + 1
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_file_whose_name_macos_spells_otherwise_is_not_paid_twice(
+    forms: tuple[Any, Any], command: Command, parts: Parts
+) -> None:
+    for number, form in enumerate(forms):
+        file = Path(unicodedata.normalize(form, "café.jsonl"))
+        file.write_bytes(jsonl(*LINES[: number + 1]))
+        assert "1 new" in command("submit", "--batch", str(file)).out
+        assert command("batch", "retry", unicodedata.normalize(form, "café")).code == 0
+    with parts.database.read() as session:
+        assert [batch.name for batch in session.exec(select(Batch))] == ["caf\u00e9"]
+    assert len(rows(parts)) == 2
+
+
+@ONE_DATABASE
+def test_a_batch_of_an_earlier_release_keeps_its_spelling(command: Command, parts: Parts) -> None:
+    earlier = unicodedata.normalize("NFD", "café")
+    put(parts, LINES[0], name=earlier)
+    Path("café.jsonl").write_bytes(jsonl(LINES[0]))
+    assert "0 new, 1 submitted before" in command("submit", "--batch", "café.jsonl").out
+    assert len(rows(parts)) == 1
 
 
 @ONE_DATABASE
