@@ -19,7 +19,7 @@ from storage.egress import EgressProxy
 from storage.errors import FetchTooLarge
 from storage.fetch import connection
 from storage.gzip_members import without_codings
-from storage.http.client import declared_length
+from storage.http.client import declared_length, in_few_pieces
 from storage.http.connection import GuardedStream, TransferDeadline
 
 MAX_CONNECTIONS = 100
@@ -77,8 +77,9 @@ class HttpApi:
     ) -> Answer:
         """Send one request, once. `path`: below the base URL, with its query. `content`: the body in parts.
 
-        Raises httpcore's errors, `FetchInterrupted` (too slow), `FetchUnusable` (the answer's coding) and
-        `FetchTooLarge`. After httpcore's ConnectError, ConnectTimeout, PoolTimeout and ProxyError nothing was sent.
+        Raises httpcore's errors, `FetchInterrupted` (too slow), `FetchUnusable` (the answer's coding, or too many
+        pieces) and `FetchTooLarge`. After httpcore's ConnectError, ConnectTimeout, PoolTimeout and ProxyError nothing
+        was sent.
         """
         seconds = self._timeout_seconds
         deadline = TransferDeadline(
@@ -98,7 +99,7 @@ class HttpApi:
     def _answer(self, response: httpx.Response) -> Answer:
         headers = response.headers
         body = bytearray()
-        for block in without_codings(response.iter_raw(), headers.get("content-encoding", "")):
+        for block in in_few_pieces(without_codings(response.iter_raw(), headers.get("content-encoding", ""))):
             body += block
             if len(body) > self._max_bytes:
                 raise FetchTooLarge(f"the answer is larger than {self._max_bytes} bytes")

@@ -14,14 +14,11 @@ from typing import BinaryIO
 from storage.errors import FetchTooLarge, FetchUnusable
 from storage.fetch import media_types
 from storage.gzip_members import codings, without_codings
-from storage.http.client import Block, Response, declared_length
+from storage.http.client import Block, Response, declared_length, in_few_pieces
 from storage.http.connection import read_buffer
 from storage.http_date import http_date
 from storage.spool import spool_with_room
 
-# A body arrives in at most this many pieces, and one more for each BYTES_PER_PIECE. A chunk takes httpcore's parser
-# 8 µs: at 6 Mbit/s a body in chunks of a byte took all of a processor for the ten minutes of a fetch.
-FREE_PIECES, BYTES_PER_PIECE = 1_000, 64
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", re.I)
 
 
@@ -76,12 +73,10 @@ class Body:
         blocks = response.blocks(read_buffer if memory is None else lambda: memory.free)
         if "content-encoding" in headers:
             blocks = _decoded(blocks, headers, self.notes)
-        for number, block in enumerate(blocks, self.size // BYTES_PER_PIECE):
+        for block in in_few_pieces(blocks):
             self.size += len(block)
             if self.size > self._max_bytes:
                 raise FetchTooLarge(f"more than the {self._max_bytes} bytes allowed")
-            if number > FREE_PIECES + self.size // BYTES_PER_PIECE:
-                raise FetchUnusable("sent in too many pieces")
             self.digest.update(block)
             if memory is None:
                 self._sink.write(block)

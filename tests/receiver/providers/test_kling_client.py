@@ -315,6 +315,21 @@ def test_an_answer_that_drips_is_cut_off(server: Scripted, make: Callable[..., K
     assert caught.value.sent is True
 
 
+def test_an_answer_of_very_many_pieces_is_refused(server: Scripted, make: Callable[..., Kling]) -> None:
+    """Its parser took a processor for the 20 s of an answer."""
+
+    def send(handler: _Answering) -> None:
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            handler.wfile.write(b"HTTP/1.1 " + CHUNKED)
+            while True:
+                handler.wfile.write(b"1\r\n \r\n" * 10_000)
+
+    server.answer(send)
+    with pytest.raises(Unavailable, match="too many pieces"):
+        create(make(timeout_seconds=5))
+
+
 def test_an_answer_whose_head_is_too_long_is_refused(server: Scripted, kling: Kling) -> None:
     server.answer(lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 40_000))
     with pytest.raises(Unavailable, match="RemoteProtocolError"):
