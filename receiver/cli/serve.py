@@ -56,7 +56,7 @@ def work(
         if not supervised:  # `receiver serve` has logged it already
             _name_settings(parts.settings)
         if once:
-            say(f"worked on {counted(process.work_once(parts), 'row')}")
+            say(f"worked on {counted(process.work_once(parts), 'row')}", err=_is_output_for_events(parts.settings))
         else:
             process.work(parts, supervised=supervised)
 
@@ -102,7 +102,12 @@ def _name_console(settings: Settings) -> None:
         token = one_time_token(settings.console_people[0])
         words = f"{url}/login?once={token}  (works once, within ten minutes; afterwards log in with {key})"
     with suppress(OutputFailed, BrokenPipeError):  # callbacks come whether or not somebody reads this
-        say(f"console: {words}")
+        say(f"console: {words}", err=_is_output_for_events(settings))
+
+
+def _is_output_for_events(settings: Settings) -> bool:
+    """Whether standard output is a sink, whose reader expects JSON lines alone."""
+    return any(entry.kind == "stdout" for entry in settings.event_entries)
 
 
 def _name_settings(settings: Settings) -> None:

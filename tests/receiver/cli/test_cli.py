@@ -123,6 +123,15 @@ def test_a_submitted_task_is_archived_by_a_worker_and_shown_by_status(receiver: 
     check_the_contract(report, name)
 
 
+def test_what_work_did_is_not_said_among_events(receiver: CommandLine) -> None:
+    """`receiver work --once | jq` failed at the last line."""
+    assert receiver("migrate").code == 0
+    assert receiver(*ASK).code == 0
+    done = receiver("work", "--once", RECEIVER_EVENT_SINKS="stdout:")
+    assert (done.code, "worked on " in done.err) == (0, True)
+    assert {json.loads(line)["specversion"] for line in done.out.splitlines()} <= {"1.0"}
+
+
 def check_the_contract(report: dict[str, Any], name: str) -> None:
     assert " ".join(key for key in report if key not in ("units", "note")) == TASK_KEYS
     assert (report["external_task_id"], report["state"], report["expected"]) == (name, "succeeded", 2)
