@@ -175,20 +175,20 @@ def _reason(asset: Asset) -> str:
 
 
 def latest(parts: Parts, limit: int) -> list[Task]:
-    """Print the newest tasks, newest first."""
+    """The newest tasks, newest first."""
     with parts.database.read() as session:
         return tasks.newest(session, limit)
 
 
 def measured(parts: Parts) -> Measures:
-    """Print the state of the work."""
+    """The state of the work."""
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
     with parts.database.read() as session:
         return measure(session, deadline_seconds=lead, slots=parts.slots)
 
 
 def audited(parts: Parts) -> continuous_audit.Standing:
-    """Print the state of the continuous audit, with its faults."""
+    """The state of the continuous audit, with its faults."""
     with parts.database.read() as session:
         return continuous_audit.standing(session)
 
@@ -196,15 +196,15 @@ def audited(parts: Parts) -> continuous_audit.Standing:
 def summary(found: Measures) -> str:
     """One line about the work: what waits, what is wrong, how callbacks arrive."""
     parts = [f"{found.due} due", *paused(found), *_accounts(found)]
-    wrong = {
-        "overdue": found.overdue,
-        "files given up": found.failed_assets,
-        "deliveries unmatched": found.unmatched,
-        "files unusable and still tried": found.unusable_files,
-        "near their deadline": found.deadline_near,
-        "audit faults": found.audit_faults,
-    }
-    parts += [f"{count} {words}" for words, count in wrong.items() if count]
+    wrong = (
+        (found.overdue, "overdue", "overdue"),
+        (found.failed_assets, "file given up", "files given up"),
+        (found.unmatched, "delivery unmatched", "deliveries unmatched"),
+        (found.unusable_files, "file unusable and still tried", "files unusable and still tried"),
+        (found.deadline_near, "near its deadline", "near their deadline"),
+        (found.audit_faults, "audit fault", "audit faults"),
+    )
+    parts += [counted(*each) for each in wrong if each[0]]
     parts += waiting_lines(found.store_waits, found.provider_waits)
     parts += ["audit behind its days"] if found.audit_late else []
     parts += _sinks(found)

@@ -462,7 +462,7 @@ def test_status_shows_faults_without_signatures(
     go_round(parts, audit(parts))
     receiver = CommandLine(variables(database_url, parts.bucket, sandbox), tmp_path)
     table, listed = receiver("status"), receiver("status", "--json")
-    assert "1 audit faults" in table.out and f"missing  {key}" in table.out
+    assert "1 audit fault " in table.out and f"missing  {key}" in table.out
     (fault,) = listed.json["audit"]["findings"]
     assert (fault["kind"], fault["key"], listed.json["summary"]["audit_faults"]) == ("missing", key, 1)
     everything = json.dumps(row(parts).model_dump(), default=str) + capsys.readouterr().out

@@ -434,7 +434,7 @@ def test_files_that_wait_for_the_store_are_found_by_the_due_index(parts: Parts) 
 def test_status_prints_the_measures_in_one_line(parts: Parts) -> None:
     deliver(parts, None, OTHERS)
     line = show.summary(measured(parts))
-    assert line == "0 due · 1 deliveries unmatched · last 24 h: 0 archived, 0 incomplete, 0 failed"
+    assert line == "0 due · 1 delivery unmatched · last 24 h: 0 archived, 0 incomplete, 0 failed"
 
 
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token", "kling_slots": 20}])
