@@ -27,7 +27,7 @@ from tests.pipeline import Web, assert_archived, task_of
 
 # The last counts, and some for what runs only at times: on a busy machine connections idle too long and are opened
 # again. Lower them when the path gets shorter.
-MAX_FUNCTIONS, MAX_FILES = 285, 54
+MAX_FUNCTIONS, MAX_FILES = 286, 54
 # Lines of code of these functions, run or not: up to the 200, and in all.
 MAX_LINES_TO_200, MAX_LINES = 502, 2_091
 COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>", "<lambda>")
