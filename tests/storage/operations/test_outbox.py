@@ -338,6 +338,8 @@ def test_patterns_select_event_names() -> None:
         names_matching(["task.done"])
     with pytest.raises(ValueError, match="longer than 64 characters"):
         names_matching(["*a" * 40])
+    with pytest.raises(ValueError, match="60 patterns"):
+        names_matching("*" * count for count in range(1, 61))
 
 
 # -- a whole run ------------------------------------------------------------------------------------------------------
