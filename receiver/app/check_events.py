@@ -85,6 +85,16 @@ def undelivered(parts: Parts) -> Iterator[Result]:
                 yield Result(f"events to {name}: {words}", Status.NOTE, line, advice.format(as_argument(name)))
 
 
+def disabled(parts: Parts) -> Iterator[Result]:
+    """Check which sinks of the setting get no events. A sink that answered 410 may accept them again."""
+    with parts.database.read() as session:
+        reasons = outbox.disabled(session)
+    for name in [entry.name for entry in parts.settings.event_entries if entry.name in reasons]:
+        line = plain(f"disabled, so no event is queued for it: {reasons[name]}", MAX_LINE_CHARS)
+        advice = f"`receiver events enable {as_argument(name)}`, or take it from RECEIVER_EVENT_SINKS"
+        yield Result(f"events to {name}: disabled", Status.FAULT, line, advice)
+
+
 def proxies(settings: Settings) -> Iterator[Result]:
     """Check for proxy variables in the environment. Only boto3 uses them."""
     if names := sorted({name.upper() for name in os.environ if name.upper() in PROXY_VARIABLES and os.environ[name]}):

@@ -285,6 +285,18 @@ def test_check_says_what_sinks_answered(parts: Parts) -> None:
     }
 
 
+@pytest.mark.parametrize("changes", [{"event_sinks": "a=stdout: b=file:///tmp/b.jsonl"}])
+def test_check_names_a_sink_of_the_setting_that_gets_no_events(parts: Parts) -> None:
+    """A webhook that once answered 410 had a good line: its address may be posted to."""
+    with parts.database.write() as session:
+        for sink in ("b", "of an earlier setting"):
+            outbox.disable(session, sink, "b.example.com answered 410")
+    [found] = check_events.disabled(parts)
+    assert (found.name, found.status) == ("events to b: disabled", Status.FAULT)
+    assert found.line == "disabled, so no event is queued for it: b.example.com answered 410"
+    assert found.advice.startswith("`receiver events enable b`")
+
+
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_callbacks_that_a_client_never_accepts_are_shown_and_no_fault(web: Web, parts: Parts) -> None:
     """Three creates with a callback address that answers 410 would hide the loss of an operator's event for good."""
