@@ -24,6 +24,7 @@ from storage.accounts.accepted_creates import NEVER_REPORTED
 from storage.accounts.batches import STAGES
 from storage.archive.audit import FindingKind
 from storage.bucket.probe import Capabilities
+from storage.bucket.store_errors import REASONS
 from storage.rows.events import EventName
 from storage.states import ArchiveState, CallbackState, DispatchState, Step, TaskState
 
@@ -206,6 +207,15 @@ def test_translations_of_causes_have_the_same_number_of_values_and_are_in_chines
     for known, said in catalogue.CAUSES["zh"].items():
         assert len(re.findall(r"{\*?}", known)) == len(re.findall(r"{\d?}", said)), known
         assert re.search("[\u4e00-\u9fff]", said), known
+
+
+def test_what_a_store_answers_is_translated_as_a_whole() -> None:
+    down = catalogue.cause("zh", "the store at host:1 cannot be reached (EndpointConnectionError)")
+    assert down == "无法连接 host:1 的存储（EndpointConnectionError）"
+    for reason in REASONS.values():
+        said = str(catalogue.cause("zh", f"the store at host:1 {reason} (bucket b, C, HTTP 403)"))
+        assert said.startswith("host:1 的存储") and said.endswith("（存储桶 b，C，HTTP 403）")
+        assert not re.search("[a-z]{4}", said.replace("host", "").replace("virtual", "")), said
 
 
 def test_a_cause_is_translated_with_the_causes_inside_it() -> None:
