@@ -209,6 +209,13 @@ def test_translations_of_causes_have_the_same_number_of_values_and_are_in_chines
         assert re.search("[\u4e00-\u9fff]", said), known
 
 
+def test_no_cause_is_hidden_by_a_wider_one_before_it() -> None:
+    for known, pattern in zip(catalogue.CAUSES["zh"], catalogue._causes("zh"), strict=True):
+        said = known.replace("{*}", "some words").replace("{}", "word")
+        first = next(each for each in catalogue._causes("zh") if each[0].fullmatch(said))
+        assert first is pattern, known
+
+
 def test_what_a_store_answers_is_translated_as_a_whole() -> None:
     down = catalogue.cause("zh", "the store at host:1 cannot be reached (EndpointConnectionError)")
     assert down == "无法连接 host:1 的存储（EndpointConnectionError）"
