@@ -23,8 +23,9 @@ MAKE_UTF8 = "make one that holds every text: createdb -T template0 -E UTF8 NAME"
 # A step of a large table takes minutes. The role may have limits, of which older servers do not know each.
 NO_TIMEOUTS = """SELECT set_config(name, '0', true) FROM pg_settings
 WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout')"""
-# In messages of SQLite and of PostgreSQL.
-IN_THE_WAY = ("already exists", "there is already", "other objects depend on it")
+# PostgreSQL's codes of a name that is taken, and of an object that others depend on. Its messages may be translated.
+TAKEN = ("42P07", "42710", "42701", "2BP01")
+TAKEN_IN_SQLITE = ("already exists", "there is already")
 UNCHANGED = "the schema was not changed"
 IF_NEWER = "run a receiver of the version that made it"
 
@@ -81,9 +82,15 @@ def upgrade(database: Database, revision: str = "head") -> None:
             config.attributes["connection"] = session.connection()
             command.upgrade(config, revision)
     except DBAPIError as error:
-        first, *more = str(error.orig).splitlines()
-        if not any(each in first for each in IN_THE_WAY):
+        if not _is_taken(error.orig):
             raise
-        words = " ".join([first, *(line for line in more if line.startswith("DETAIL"))])
+        diagnosis = getattr(error.orig, "diag", None)
+        said = [diagnosis.message_primary, diagnosis.message_detail] if diagnosis else [str(error.orig)]
+        words = ". ".join(each for each in said if each)
         raise UserError(f"{UNCHANGED}, because something that is not the receiver's is in the way: {words}; "
                         "remove it, or give it another name, and run `receiver migrate`") from error  # fmt: skip
+
+
+def _is_taken(error: BaseException | None) -> bool:
+    state = getattr(error, "sqlstate", None)
+    return state in TAKEN if state else any(each in str(error) for each in TAKEN_IN_SQLITE)

@@ -202,6 +202,19 @@ def test_rows_of_an_operator_that_reference_a_delivery_stay(referenced: Database
         assert session.execute(text("SELECT count(*) FROM note")).scalar_one() == 0  # keys are in force again
 
 
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_what_is_in_the_way_is_named_in_the_servers_own_language(referenced: Database) -> None:
+    said = "RAISE EXCEPTION USING ERRCODE = '42P07', MESSAGE = 'Relation »x« existiert bereits'"
+    with referenced.write() as session:
+        made = f"CREATE FUNCTION german() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN {said}; END $$"
+        session.execute(text(made))
+        session.execute(text("CREATE EVENT TRIGGER german ON ddl_command_start EXECUTE FUNCTION german()"))
+    with pytest.raises(
+        UserError, match=r"schema was not changed.*is in the way: Relation »x« existiert bereits; remove"
+    ):
+        migrations.upgrade(referenced)
+
+
 def test_something_of_an_operator_that_is_in_the_way_is_named_and_nothing_is_changed(referenced: Database) -> None:
     with referenced.write() as session:
         session.execute(text("CREATE INDEX callback_delivery ON callback (state)"))
