@@ -206,7 +206,7 @@ def test_a_paused_account_is_shown_with_the_providers_message(
     assert words in ready.json()["checks"]["account"]
     assert 'receiver_account_paused{account="kling"} 1.0' in httpx.get(f"{web.url}/metrics", headers=bearer).text
     assert words in show.summary(show.measured(parts))
-    assert "kling: 1 task waits" in show.summary(show.measured(parts)).split(" · ")
+    assert "kling: 1 task waits in the queue" in show.summary(show.measured(parts)).split(" · ")
     assert words in show.pausing(parts, task_of(parts, ID))[0]
     assert words in Operator(parts.database, parts.providers, parts.schedule).retry(ID).left[ID]
     assert any(words in result.line for result in checks.database(parts))
