@@ -185,7 +185,8 @@ class GuardedStream(httpcore.NetworkStream):
         deadline, (timed_out, broke) = current_deadline(), FAULTS[direction]
         connection = self._tls or self._socket
         seconds, started = deadline.allow(timeout), time.monotonic()
-        wanted = READ if direction == READ and not self._head_bytes else 0  # a response is never there at once
+        is_new = direction == READ and not self._head_bytes and (self._tls is None or self._tls.is_idle)
+        wanted = READ if is_new else 0  # a response is never there at once, but for one behind a handshake
         while True:
             if wanted:
                 left = started + seconds - time.monotonic()

@@ -32,6 +32,7 @@ class TlsSocket:
         self._received, self._sent = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._unsent = memoryview(b"")
         self._is_encrypted = False  # the block that is being sent
+        self._fault: OSError | None = None  # met behind content that was read
         self.object = context.wrap_bio(self._received, self._sent, server_hostname=host)
 
     @property
@@ -88,15 +89,21 @@ class TlsSocket:
         return step()
 
     def _decrypt_into(self, buffer: memoryview) -> int:
+        if self._fault is not None:  # OpenSSL itself then says that the connection ended
+            raise self._fault
         count = 0
         try:
             while count < len(buffer) and (more := int(self.object.read(len(buffer) - count, buffer[count:]))):
                 count += more
         except ssl.SSLEOFError:
             pass  # ended without a word; only a length shows whether the content is whole
-        except OSError:
-            if not count:  # else the next call raises it again
+        except ssl.SSLWantReadError:
+            if not count:
                 raise
+        except OSError as error:
+            if not count:
+                raise
+            self._fault = error
         return count
 
     def _receive(self) -> None:

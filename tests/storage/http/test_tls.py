@@ -75,18 +75,65 @@ def test_refusal_of_a_host_that_leaves_before_the_end_of_a_body_is_read(tls: Con
     listener.close()
 
 
-def send_tickets(connection: socket.socket, context: ssl.SSLContext, secrets: Path) -> None:
-    """Shake hands as a server of TLS 1.3 and send records full of session tickets, made with its traffic secret."""
-    context.keylog_filename, context.num_tickets = str(secrets), 0
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_answer_that_comes_with_the_end_of_the_handshake_is_read(tls: Contexts, version: ssl.TLSVersion) -> None:
+    """As from a host that is too busy for a request. It keeps the connection open."""
+
+    def refuse(connection: socket.socket) -> None:
+        server, sent = shaken(connection, tls[0])
+        server.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+        connection.sendall(sent.read())
+        time.sleep(FLOOD_SECONDS)
+
+    listener = Listener(refuse)
+    tls[1].maximum_version = version
+    stream = connected(listener).start_tls(tls[1], "cdn.example.com", 10)
+    tls[1].maximum_version = ssl.TLSVersion.MAXIMUM_SUPPORTED
+    stream.write(b"GET / HTTP/1.1\r\n\r\n", 10)
+    started = time.monotonic()
+    assert stream.read(1_000, FLOOD_SECONDS).startswith(b"HTTP/1.1 503")
+    assert time.monotonic() - started < FLOOD_SECONDS / 2
+    stream.close()
+    listener.close()
+
+
+def test_falsified_record_behind_a_good_one_is_no_end_of_the_body(tls: Contexts) -> None:
+    def falsify(connection: socket.socket) -> None:
+        server, sent = shaken(connection, tls[0])
+        server.write(b"HTTP/1.1 200 OK\r\n\r\nbegins")
+        good = sent.read()
+        server.write(b"goes on")
+        connection.sendall(good + sent.read()[:-1] + b"\0")
+        time.sleep(FLOOD_SECONDS)
+
+    listener = Listener(falsify)
+    stream = connected(listener).start_tls(tls[1], "cdn.example.com", 10)
+    stream.write(b"GET / HTTP/1.1\r\n\r\n", 10)
+    assert stream.read(1_000, 10).startswith(b"HTTP/1.1 200")
+    assert stream.read(1_000, 10) == b"begins"
+    with pytest.raises(httpcore.ReadError):
+        stream.read(1_000, 10)
+    stream.close()
+    listener.close()
+
+
+def shaken(connection: socket.socket, context: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.MemoryBIO]:
+    """A server after its handshake, and what it sends next: first its last message of the handshake."""
     received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = context.wrap_bio(received, sent, server_side=True)
     while True:
         try:
             server.do_handshake()
-            break
+            return server, sent
         except ssl.SSLWantReadError:
             connection.sendall(sent.read())
             received.write(connection.recv(65_536))
+
+
+def send_tickets(connection: socket.socket, context: ssl.SSLContext, secrets: Path) -> None:
+    """Shake hands as a server of TLS 1.3 and send records full of session tickets, made with its traffic secret."""
+    context.keylog_filename, context.num_tickets = str(secrets), 0
+    shaken(connection, context)
     line = next(line for line in secrets.read_text().splitlines() if line.startswith("SERVER_TRAFFIC_SECRET_0"))
     send_for_long(connection, tickets(bytes.fromhex(line.split()[2])))
 
