@@ -37,8 +37,8 @@ class TlsSocket:
 
     @property
     def is_idle(self) -> bool:
-        """Whether everything that was received has been read."""
-        return not self._received.pending and not self.has_content
+        """Whether everything that was received has been read, and none of it was at fault."""
+        return not self._received.pending and not self.has_content and self._fault is None
 
     @property
     def has_content(self) -> bool:

@@ -111,6 +111,8 @@ def test_falsified_record_behind_a_good_one_is_no_end_of_the_body(tls: Contexts)
     stream.write(b"GET / HTTP/1.1\r\n\r\n", 10)
     assert stream.read(1_000, 10).startswith(b"HTTP/1.1 200")
     assert stream.read(1_000, 10) == b"begins"
+    stream.reusable = True
+    assert stream.has_ended()
     with pytest.raises(httpcore.ReadError):
         stream.read(1_000, 10)
     stream.close()
