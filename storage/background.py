@@ -59,9 +59,9 @@ class BackgroundCheck:
         with self._lock:
             checking = self._checking
             if checking is None and time.monotonic() > self._checked_at + self._refresh_seconds:
-                checking = self._checking = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._began_at = time.monotonic()
+                checking = threading.Thread(target=self._run, name=self._name, daemon=True)
                 checking.start()
+                self._checking, self._began_at = checking, time.monotonic()  # started: else a later call tries again
         if checking is not None:
             checking.join(self._max_wait_seconds)
         return self._state

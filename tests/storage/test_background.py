@@ -1,4 +1,4 @@
-"""Turns with rests, on a real event loop."""
+"""Turns with rests, on a real event loop, and checks in a thread."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from storage.background import MOST_TURNS, RESTS, RestingTurns, Turn
+from storage.background import MOST_TURNS, RESTS, BackgroundCheck, RestingTurns, Turn
 
 T = TypeVar("T")
 
@@ -95,3 +95,15 @@ def test_a_turn_that_all_have_left_is_given_up_before_it_begins_and_finished_aft
 
     asyncio.run(several())
     assert done == ["first", "shared"]
+
+
+def test_a_check_that_got_no_thread_runs_at_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    check = BackgroundCheck("check", lambda: "ok", "none yet", refresh_seconds=60, max_wait_seconds=10)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(RuntimeError, match="new thread"):
+            check.state()
+    assert check.state() == "ok"
