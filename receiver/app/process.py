@@ -341,6 +341,9 @@ def work(parts: Parts, *, supervised: bool) -> None:
     except TooFewThreads as error:
         log.error("worker.not_started", error=str(error))
         code = 1
+    except Exception:
+        log.exception("worker.step_failed", job="feed")
+        code = 1  # the supervisor starts another
     # A download that exceeds the grace time runs in a thread that cannot be stopped. Its row was released.
     logging.shutdown()  # writes the log lines that wait
     os._exit(code)

@@ -101,7 +101,7 @@ class Worker:
         self._full_claims = Counter[str]()
         self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
-        self._refused: RuntimeError | None = None  # by the system: a thread
+        self._failure: Exception | None = None  # that ends this process
 
     def stop(self) -> None:
         """Claim no more rows. Those in hand may finish within the grace time."""
@@ -111,7 +111,7 @@ class Worker:
     def run(self) -> None:
         """Work until `stop()`. On return, unfinished rows are released, unless the database is down.
 
-        Raises `TooFewThreads`.
+        Raises `TooFewThreads`, and a bug in the feeding of a lane.
         """
         if (registered := self._register()) is None:
             return
@@ -132,7 +132,7 @@ class Worker:
             for thread in [*threads, *feeders]:
                 thread.start()
         except RuntimeError as error:
-            self._refused = error
+            self._failure = error
             self.stop()  # what the others have claimed is released below
         for thread in feeders:
             if thread.ident is not None:
@@ -144,8 +144,10 @@ class Worker:
         finally:
             self._database.at_group_end = at_group_end
             self._ended.set()
-        if self._refused is not None:
-            raise TooFewThreads(RAISE_THE_LIMIT.format(self._refused)) from self._refused
+        if isinstance(self._failure, RuntimeError):
+            raise TooFewThreads(RAISE_THE_LIMIT.format(self._failure)) from self._failure
+        if self._failure is not None:
+            raise self._failure
 
     def _register(self) -> uuid.UUID | None:
         """Register this process as soon as the database answers. None: the worker was stopped before."""
@@ -220,11 +222,11 @@ class Worker:
         return rows
 
     def _feed_or_end(self, lane: Lane) -> None:
-        """Feed the lane, or end this process if no thread can be started for its rows: it would hold them for ever."""
+        """Feed the lane, or end this process: without its feeder the lane would hold its rows and claim no more."""
         try:
             self._feed(lane)
-        except RuntimeError as error:
-            self._refused = error
+        except Exception as error:  # noqa: BLE001 - `run` raises it
+            self._failure = error
             self.stop()
             self._leases.give_back(self._in_hand.not_begun)
 

@@ -150,6 +150,13 @@ class GroupWriter:
     def _run(self, before: threading.Thread | None) -> None:
         if before is not None:  # they would share a session: on PostgreSQL a COMMIT after the other's rollback succeeds
             before.join()
+        try:
+            self._commit_groups()
+        finally:
+            if self._thread is threading.current_thread():
+                self._thread = None  # a bug has ended it, and the next operation starts another
+
+    def _commit_groups(self) -> None:
         while (first := self._next()) is not None:
             group = [first]
             while len(group) < MAX_GROUP and not self._waiting.empty():

@@ -129,6 +129,20 @@ def test_worker_without_a_thread_for_its_rows_ends_and_gives_them_back(
 
 
 @pytest.mark.databases("sqlite")
+def test_a_bug_in_the_feeding_of_a_lane_ends_the_worker(database: Database, desk: Desk) -> None:
+    """Its process is started again. Otherwise the lane stood still in a worker that seemed to live."""
+    desk.gate.clear()
+    assets = new_assets(database, 3)
+    lane = Lane("ended", Asset, desk.work, 1, claim_pause_seconds="soon")  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as caller:
+        ended = caller.submit(Worker(database, [lane], lease_seconds=60, grace_seconds=0).run)
+        with pytest.raises(TypeError):
+            ended.result(20)
+        assert {stored(database, asset)["lease"] for asset in assets} == {None}
+        desk.gate.set()
+
+
+@pytest.mark.databases("sqlite")
 def test_worker_without_a_thread_for_a_lane_gives_back_what_the_others_hold(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

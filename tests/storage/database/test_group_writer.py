@@ -379,6 +379,23 @@ def test_a_write_that_outlasts_the_close_is_committed_before_the_next_writer_beg
     assert states(database, assets) == [AssetState.ARCHIVED] * 2
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writer_that_a_bug_has_ended_is_replaced(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_writer, "KEEP_SECONDS", 0.01)
+    bugs = [MemoryError()]
+
+    def rest() -> None:
+        if bugs:
+            raise bugs.pop()
+
+    writer = group_writer.GroupWriter(database.write, database.write, rest, lambda _: None)
+    assets = claimed(database, 2)
+    writer.commit(settling(assets[0]))
+    wait_until(lambda: writer._thread is None)
+    writer.commit(settling(assets[1]))
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
 def test_a_close_while_the_writer_is_being_started_fails_nothing(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
