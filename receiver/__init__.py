@@ -6,7 +6,7 @@ From Python: `Receiver()`, and `AsyncReceiver(receiver)` around it for async cod
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"  # .dev0 until it is released
 __all__ = [
     "AsyncReceiver", "Conflict", "DatabaseUnavailable", "Fact", "File", "NotArchived", "Receiver", "RequestInvalid",
     "Result", "SchemaBehind", "SettingsInvalid",
