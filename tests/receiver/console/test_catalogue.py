@@ -192,7 +192,6 @@ def test_every_cause_of_a_closed_set_is_translated() -> None:
     assert sorted(text for text in found if catalogue.cause("zh", text) is None) == []
 
 
-@pytest.mark.databases("sqlite")
 def test_lines_of_the_check_are_translated(parts: Parts) -> None:
     working, broken = (
         parts.settings.model_copy(update=each) for each in ({}, {"kling_base_url": "http://127.0.0.1:1"})
@@ -200,6 +199,8 @@ def test_lines_of_the_check_are_translated(parts: Parts) -> None:
     lines = [*make_console(Parts(working))._of.check(), *make_console(Parts(broken))._of.check()]
     said = {text for each in lines for text in (each.line, each.advice) if text}
     assert len(said) > 10
+    said |= {"through a pooler; workers are woken by 127.0.0.1:5432", "workers are not woken by 127.0.0.1:5432 (no)"}
+    said |= {"a pooler stands before PostgreSQL; workers check for work every 2 s"}
     assert {text for text in said if catalogue.cause("zh", text) is None} == set()
 
 
