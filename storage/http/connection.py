@@ -11,7 +11,6 @@ import re
 import select
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from typing import Any
 import httpcore
 
 from storage.errors import FetchInterrupted
+from storage.http.thread_memory import thread_memory
 from storage.http.tls import TlsSocket
 
 # One read of a body. CPU to fetch 3 MB over loopback grew by half with 256 KiB, and did not shrink with 1 MiB.
@@ -269,12 +269,5 @@ def _wait(connection: socket.socket, wanted: int, seconds: float) -> None:
     ready.poll(seconds * 1_000)
 
 
-_thread = threading.local()
-
-
-def read_buffer() -> memoryview:
-    """READ_BYTES that this thread reads every body into. Fresh memory for each read costs page faults."""
-    if not hasattr(_thread, "buffer"):
-        _thread.buffer = memoryview(bytearray(READ_BYTES))
-    found: memoryview = _thread.buffer
-    return found
+# What every body is read into where its reader keeps no memory of its own.
+read_buffer = thread_memory(READ_BYTES)

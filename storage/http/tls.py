@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import socket
 import ssl
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from select import POLLIN, POLLOUT
 from typing import TypeVar
+
+from storage.http.thread_memory import thread_memory
 
 T = TypeVar("T")
 
@@ -107,7 +108,7 @@ class TlsSocket:
         return count
 
     def _receive(self) -> None:
-        room = _room()
+        room = _room_to_receive()
         try:
             count = self._socket.recv_into(room)
         except BlockingIOError:
@@ -132,12 +133,4 @@ class TlsSocket:
         return True
 
 
-_thread = threading.local()
-
-
-def _room() -> memoryview:
-    """Memory of this thread to receive into. Fresh memory for each read costs page faults."""
-    if not hasattr(_thread, "room"):
-        _thread.room = memoryview(bytearray(RECEIVED_BYTES))
-    found: memoryview = _thread.room
-    return found
+_room_to_receive = thread_memory(RECEIVED_BYTES)

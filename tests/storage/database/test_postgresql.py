@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 import pytest
 import sqlalchemy
@@ -179,31 +179,35 @@ def test_socket_path_as_a_host_works(database_url: str, postgres: Postgres, open
         opened(f"postgresql://postgres@{folder.replace('/', '%2F')}:1/{name}").now()
 
 
+@contextmanager
+def default_of(database: Database, name: str, value: str) -> Iterator[None]:
+    """New sessions begin with this value unless they set their own."""
+    with database.write() as session:
+        session.execute(text(f"ALTER DATABASE \"{database.url.database}\" SET {name} = '{value}'"))
+    database.writer.dispose()
+    try:
+        yield
+    finally:
+        with database.write() as session:
+            session.execute(text(f'ALTER DATABASE "{database.url.database}" RESET {name}'))
+
+
 @pytest.mark.parametrize(
     ("default", "value"),
     [("client_encoding", "latin1"), ("datestyle", "German"), ("default_transaction_isolation", "serializable")],
 )
 def test_defaults_of_the_database_change_nothing(default: str, value: str, database: Database) -> None:
-    name = database.url.database
-    with database.write() as session:
-        session.execute(text(f"ALTER DATABASE \"{name}\" SET {default} = '{value}'"))
-    database.writer.dispose()
-    with database.write() as session:
-        assert session.execute(text("SELECT CAST(:word AS text)"), {"word": "帆船"}).scalar_one() == "帆船"
-        assert session.execute(text("SHOW transaction_isolation")).scalar_one() == "read committed"
-    assert database.now()
-    assert commit(database) is Intake.NEW
-    with database.write() as session:
-        session.execute(text(f'ALTER DATABASE "{name}" RESET {default}'))
+    with default_of(database, default, value):
+        with database.write() as session:
+            assert session.execute(text("SELECT CAST(:word AS text)"), {"word": "帆船"}).scalar_one() == "帆船"
+            assert session.execute(text("SHOW transaction_isolation")).scalar_one() == "read committed"
+        assert database.now()
+        assert commit(database) is Intake.NEW
 
 
 def test_sessions_are_kept_where_the_database_ends_idle_ones(database: Database) -> None:
-    name = database.url.database
-    with database.write() as session:
-        session.execute(text(f"ALTER DATABASE \"{name}\" SET idle_session_timeout = '1s'"))
-    database.writer.dispose()
     shown = text("SELECT current_setting('idle_session_timeout')")
-    try:
+    with default_of(database, "idle_session_timeout", "1s"):
         with database.write() as session:
             assert session.execute(shown).scalar_one() == "0"
         assert asyncio.run(shown_in_the_loop(database, str(shown))) == "0"
@@ -211,28 +215,18 @@ def test_sessions_are_kept_where_the_database_ends_idle_ones(database: Database)
             waker.wait(0)
             connection = waker._connection  # type: ignore[attr-defined]
             assert connection.execute(str(shown)).fetchone() == ("0",)
-    finally:
-        with database.write() as session:
-            session.execute(text(f'ALTER DATABASE "{name}" RESET idle_session_timeout'))
 
 
 @pytest.mark.parametrize(("default", "used"), [("off", "on"), ("local", "local")])
 def test_a_commit_is_on_the_disk_when_it_returns_whatever_the_default(
     default: str, used: str, database: Database
 ) -> None:
-    name = database.url.database
-    with database.write() as session:
-        session.execute(text(f'ALTER DATABASE "{name}" SET synchronous_commit = {default}'))
-    database.writer.dispose()
     shown = text("SHOW synchronous_commit")
-    try:
+    with default_of(database, "synchronous_commit", default):
         with database.write() as session:
             assert session.execute(shown).scalar_one() == used
         assert database.write_in_group(lambda session: session.execute(shown).scalar_one()) == used
         assert asyncio.run(shown_in_the_loop(database, str(shown))) == used
-    finally:
-        with database.write() as session:
-            session.execute(text(f'ALTER DATABASE "{name}" RESET synchronous_commit'))
 
 
 @pytest.mark.parametrize("limit", ["idle_in_transaction_session_timeout", "transaction_timeout"])
