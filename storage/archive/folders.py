@@ -26,7 +26,8 @@ from storage.rows.models import Asset, Task
 
 # S3's limit for a page of a listing. A page of rows takes about 2 MB.
 PAGE_ROWS = 1_000
-FOLDER = re.compile(r"(?:.*?/)?\d{4}/\d\d/\d\d/([^/]+)/", re.DOTALL)
+# The last date of a key is our own: the prefix before it may hold another one.
+FOLDER = re.compile(r"(?:.*/)?\d{4}/\d\d/\d\d/([^/]+)/", re.DOTALL)
 FILE = re.compile(FOLDER.pattern + r"[a-z]+-\d+-[0-9a-f]{12}\.[a-z0-9]+", re.DOTALL)
 MANIFEST = re.compile(r"manifest(?:\.([2-9]|[1-9][0-9]{1,3}))?\.json")
 

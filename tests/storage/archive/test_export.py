@@ -203,6 +203,18 @@ def test_reports_do_not_restore_a_deleted_task(parts: Parts) -> None:
     assert kept(parts) == {} and all_assets(parts) == []
 
 
+@pytest.mark.parametrize("folder", ["2026/11/30/", "of/2026/11/30/run/", "2026/11/"])
+def test_below_a_prefix_like_a_date_one_task_is_deleted_alone(parts: Parts, folder: str, tmp_path: Path) -> None:
+    """A dated prefix was taken for a task's folder, and the objects of all tasks went with those of one."""
+    parts.bucket.prefix += folder
+    gone, stays = archive(parts, 2)
+    before = {key: sha256 for key, sha256 in kept(parts).items() if stays.external_task_id in key}
+    assert delete(parts.database, parts.bucket, gone.external_task_id).objects == 2
+    assert kept(parts) == before
+    assert [batch.counts.faults for batch in Audit(parts.database, parts.bucket, deep=True).run()] == [0]
+    assert export(parts, tmp_path / "out") == [] and in_folder(parts, tmp_path / "out") == before
+
+
 def test_task_that_is_not_over_is_not_deleted(parts: Parts) -> None:
     task = insert_row(parts)
     with pytest.raises(Refused, match="receiver dismiss"):
