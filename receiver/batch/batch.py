@@ -256,13 +256,18 @@ class Batches:
 
 
 def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Batch | None) -> Iterator[Fault]:
-    """A fault for each line whose id already belongs to another request or batch."""
+    """A fault for each line whose id already belongs to another request or batch.
+
+    The request of an adopted task is not known here. A made id proves it.
+    """
     for line in lines:
         row = known.get(line.external_task_id)
         shown = plain(line.external_task_id, 80)
         if row and row.deleted_at is not None:
             yield Fault(line.number, f"external_task_id: {shown!r} was deleted; remove the line, or give it another id")
-        elif row and row.request_hash != line.request_hash:
+        elif row and not row.request_hash and not line.has_made_id:
+            yield Fault(line.number, f"external_task_id: {shown!r} was adopted without its request; remove the line")
+        elif row and row.request_hash not in ("", line.request_hash):
             yield Fault(line.number, f"external_task_id: {shown!r} was submitted before with another request")
         elif row and row.batch_id is not None and (batch is None or row.batch_id != batch.id):
             yield Fault(line.number, f"external_task_id: {shown!r} belongs to another batch")

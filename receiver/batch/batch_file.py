@@ -70,6 +70,11 @@ class Line:
     request: ProviderRequest
     request_hash: str
 
+    @property
+    def has_made_id(self) -> bool:
+        """Whether the id itself says which request it is for."""
+        return f"-{self.request_hash[:HASH_CHARS]}-" in self.external_task_id
+
 
 class Record(NamedTuple):
     line: int

@@ -88,10 +88,10 @@ class Submitter:
 
         A crash half-way leaves the row. A worker then reads whether the request arrived, and never sends it twice.
         `external_task_id`: the caller's, at most 200 bytes when percent-encoded; None = a new UUID. `adopt`: take over
-        a task that exists at the provider under this id, also if the row failed here because of it. The same id with
-        the same request returns the task that exists and sends nothing. A task that is not yet accepted, or for which
-        no slots or no disk space are free, is returned in state `created`, and a worker continues it. Raises
-        `RequestInvalid` (one line per fault), `IdInvalid` and `Conflict`.
+        a task that exists at the provider under this id, also if the row failed here because of it, or was adopted
+        without its request. The same id with the same request returns the task that exists and sends nothing. A task
+        that is not yet accepted, or for which no slots or no disk space are free, is returned in state `created`, and a
+        worker continues it. Raises `RequestInvalid` (one line per fault), `IdInvalid` and `Conflict`.
         """
         wanted = self.parse(request) if isinstance(request, Mapping) else request
         external_task_id = external_task_id or str(uuid.uuid4())
@@ -218,7 +218,12 @@ class Submitter:
         task = self._again(wanted.external_task_id)
         if task.deleted_at is not None:
             raise Conflict(f"{task.external_task_id} was deleted on {task.deleted_at:%Y-%m-%d}; choose another id")
-        if task.request_hash != wanted.request_hash:
+        if not task.request_hash and not wanted.adopt:
+            raise Conflict(
+                f"{task.external_task_id} was adopted without its request: "
+                "`receiver submit --adopt` takes it for this one"
+            )
+        if task.request_hash not in ("", wanted.request_hash):
             raise Conflict(f"{task.external_task_id} was submitted before with another request; choose another id")
         if wanted.adopt and _can_be_adopted(task):
             self._adopt(task.id, wanted.request)

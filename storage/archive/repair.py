@@ -53,7 +53,10 @@ class Repairer:
                 case FindingKind.UNREADABLE:
                     return "left alone: the store cannot read it; repair the store first"
                 case FindingKind.ORPHANED:
-                    return "left alone: no row names it; delete it by hand if it is not needed"
+                    return (
+                        "left alone: no row names it; `receiver rebuild` restores a task whose rows are lost, "
+                        "otherwise delete it by hand if it is not needed"
+                    )
                 case FindingKind.SUPERSEDED:
                     return "left alone: it is an earlier download, not a fault"
                 case FindingKind.ACCEPTED:

@@ -39,7 +39,7 @@ from storage.states import ArchiveState, CallbackState, TaskState
 from tests.command_line import Done, variables
 from tests.harness import wait_until
 from tests.night_run import run as spend_a_night
-from tests.pipeline import assert_archived, deliver, kept, make_due_now, run, task_of
+from tests.pipeline import assert_archived, deliver, insert_row, kept, make_due_now, run, task_of
 from tests.receiver.batch.test_batch_file import FAULTS, GOOD, PICTURE, faulty_file, jsonl
 from tests.rows import LONG_AGO, event_names, new_asset
 
@@ -169,6 +169,19 @@ def test_id_that_another_process_takes_meanwhile_is_a_fault(parts: Parts) -> Non
     parts.submitter.submit({**GOOD, "n": 2}, external_task_id="mine")
     with pytest.raises(BatchInvalid, match="another request"):
         of(parts).put(ready)
+
+
+def test_adopted_tasks_of_a_lost_batch_join_it_again(parts: Parts, sandbox: Sandbox) -> None:
+    """A restored backup is older than the batch. The provider does not say which requests its tasks had."""
+    for line in read(parts, *LINES):
+        insert_row(parts, external_task_id=line.external_task_id, adopt=True, request={}, request_hash="")
+    assert put(parts, *LINES) == 0
+    assert of(parts).counts("night").total == len(LINES)
+    assert put(parts, *LINES) == 0
+    insert_row(parts, external_task_id="mine", adopt=True, request={}, request_hash="")
+    with pytest.raises(BatchInvalid, match="without its request; remove the line"):
+        plan(parts, {**GOOD, "external_task_id": "mine"})
+    assert not sandbox.ledger().creates
 
 
 @ONE_DATABASE

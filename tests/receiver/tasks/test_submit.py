@@ -27,7 +27,7 @@ from storage.rows.claims import BACKOFF_CAP_SECONDS
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, make_due_now, run, settings_for, task_of
+from tests.pipeline import Web, insert_row, make_due_now, run, settings_for, task_of
 from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, drawn, encoded, unanswered
 
@@ -162,6 +162,15 @@ def test_another_request_under_the_same_id_is_a_conflict(parts: Parts, sandbox: 
         submit_request(parts, n=2)
     assert stored(parts.database, task_of(parts, ID)) == before
     assert len(creates(sandbox)) == 1
+
+
+def test_adopted_task_is_taken_for_a_request_where_the_caller_says_so(parts: Parts, sandbox: Sandbox) -> None:
+    task = insert_row(parts, external_task_id=ID, adopt=True, request={}, request_hash="")
+    with pytest.raises(Conflict, match=r"without its request: `receiver submit --adopt`"):
+        submit_request(parts)
+    submitted = parts.submitter.submit(REQUEST, external_task_id=ID, adopt=True)
+    assert (submitted.new, submitted.task.id) == (False, task.id)
+    assert not creates(sandbox)
 
 
 def test_submitters_at_once_send_once(parts: Parts, sandbox: Sandbox) -> None:

@@ -22,6 +22,7 @@ from receiver.sandbox import Sandbox
 from storage.archive import manifest
 from storage.archive.audit import Audit
 from storage.archive.rebuild import Problem, Rebuild, asset_from
+from storage.archive.repair import Repairer
 from storage.rows.models import Asset, Callback, Task, TaskAlias
 from storage.states import ArchiveState, AssetState, Step
 from tests.archived_tasks import REQUEST, all_assets, archive, flip, put, work_off
@@ -98,6 +99,14 @@ def test_second_rebuild_changes_nothing(parts: Parts, empty: Parts) -> None:
     before = rows(empty, Task, set())
     assert rebuild(empty, deep=True) == ({"folders": 2, "known": 2}, [])
     assert rows(empty, Task, set()) == before
+
+
+def test_repair_of_what_an_older_backup_does_not_know_names_rebuild(parts: Parts, empty: Parts) -> None:
+    archive(parts, 1)
+    found = [finding for batch in Audit(empty.database, empty.bucket).run() for finding in batch.findings]
+    repairer = Repairer(empty.database, empty.bucket, empty.schedule)
+    assert len(found) == 2
+    assert all("`receiver rebuild` restores a task" in repairer.repair(finding) for finding in found)
 
 
 def test_old_callback_urls_and_work_continue_after_rebuild(parts: Parts, empty: Parts) -> None:
