@@ -209,6 +209,10 @@ class UserError(Exception):
 class NoSuchTask(UserError, LookupError):
     def __init__(self, external_task_id: str) -> None:
         super().__init__(f"no task {external_task_id!r} here; `receiver status` lists the newest")
+        self.external_task_id = external_task_id
+
+    def __reduce__(self) -> tuple[type[NoSuchTask], tuple[str]]:
+        return NoSuchTask, (self.external_task_id,)
 
 
 class LostClaim(Exception):

@@ -41,6 +41,10 @@ class NotArchived(Exception):
         reason = result.error or result.note or f"the archive is {result.archive}"
         super().__init__(f"{result.external_task_id}: {reason}")
 
+    def __reduce__(self) -> tuple[type[NotArchived], tuple[Result]]:
+        """Python makes it again from its message otherwise. That fails, and a pool of processes waits for ever."""
+        return NotArchived, (self.result,)
+
 
 @dataclass(frozen=True)
 class File:

@@ -66,6 +66,9 @@ class RequestInvalid(UserError, ValueError):
         super().__init__("\n".join(faults))
         self.faults = faults
 
+    def __reduce__(self) -> tuple[type[RequestInvalid], tuple[list[str]]]:
+        return RequestInvalid, (self.faults,)
+
 
 class PricesUnreadable(ValueError):
     """The file is no price table. The message shows the form of one."""

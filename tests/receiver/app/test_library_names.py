@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import builtins
 import os
+import pickle
 import re
+import uuid
 from pathlib import Path
 
 import pytest
 
 import receiver
-from receiver import Receiver, SettingsInvalid
+from receiver import Conflict, DatabaseUnavailable, NotArchived, Receiver, RequestInvalid, Result, SettingsInvalid
+from storage.errors import NoSuchTask
+from storage.states import ArchiveState, TaskState
 from tests.harness import ROOT
 
 PAGE = (ROOT / "infra" / "docs" / "library.md").read_text()
@@ -21,6 +25,15 @@ RAISED = {name for row in ROWS for name in re.findall(r"`(\w+)`", row[3])}
 def test_every_error_of_the_page_is_imported_from_the_package() -> None:
     errors = {name for name in receiver.__all__ if issubclass(getattr(receiver, name), Exception)}
     assert {name for name in RAISED if not hasattr(builtins, name)} | {"DatabaseUnavailable"} == errors
+
+
+def test_errors_pass_from_a_process_of_a_pool_to_its_caller() -> None:
+    """One that could not be made again ended the thread of the pool that reads results: the caller waited for ever."""
+    over = Result("x", uuid.uuid4(), None, TaskState.FAILED, ArchiveState.NONE, 1, "refused", None, (), True)
+    errors = [NotArchived(over), RequestInvalid(["n: 0", "prompt: is required"]), NoSuchTask("x"), Conflict("x")]
+    for error in [*errors, DatabaseUnavailable("down", after=1)]:
+        again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
 
 
 def test_a_program_without_settings_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
