@@ -20,10 +20,11 @@ ENTRIES = {
 
 
 def entries(client: Any, operation: str, **place: str) -> Iterator[dict[str, Any]]:
-    """Every entry of a listing. One that lacks what it must have raises `UnusableAnswer`.
+    """Every entry of a listing below its `Prefix`. One that lacks what it must have raises `UnusableAnswer`.
 
-    boto3 asks on while the store names a new token. Here MAX_IDLE_PAGES in a row without a key that sorts after all
-    earlier ones raise `PaginationError`.
+    Others are left out: a store, or a proxy that drops the query, may list the whole bucket, and `purge` deletes what
+    is listed. boto3 asks on while the store names a new token. Here MAX_IDLE_PAGES in a row without a key that sorts
+    after all earlier ones raise `PaginationError`.
     """
     lists, needed = ENTRIES[operation]
     last, idle = "", 0
@@ -31,7 +32,7 @@ def entries(client: Any, operation: str, **place: str) -> Iterator[dict[str, Any
         found = [each for name in lists for each in page.get(name, ())]
         if not all(needed <= each.keys() for each in found):
             raise UnusableAnswer
-        yield from found
+        yield from (each for each in found if each["Key"].startswith(place["Prefix"]))
         greatest = max((each["Key"] for each in found), default="")
         idle = 0 if greatest > last else idle + 1
         last = max(last, greatest)

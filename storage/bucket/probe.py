@@ -107,10 +107,10 @@ class Probe:
         place = {"Bucket": self._bucket, "Prefix": f"{self._folder.rpartition('/')[0]}/"}
         before = datetime.now(UTC) - LEFT_AFTER
         for each in self._client.list_objects_v2(**place).get("Contents", ()):
-            if each["LastModified"] < before:
+            if each["Key"].startswith(place["Prefix"]) and each["LastModified"] < before:
                 self._delete(each["Key"])
         for upload in self._client.list_multipart_uploads(**place).get("Uploads", ()):
-            if upload["Initiated"] < before:
+            if upload["Key"].startswith(place["Prefix"]) and upload["Initiated"] < before:
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def _refuses_wrong_checksum(self) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import time
+import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -52,6 +54,36 @@ def test_probe_removes_nothing_outside_its_folder(bucket: Bucket, seaweed: Seawe
     with FaultProxy(seaweed, in_the_past) as proxy:
         Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix).probe()
     assert left(bucket) == ([key], [])
+
+
+def in_the_past_without_prefix(request: Request, forward: Forward) -> Answer:
+    """A store that lists the whole bucket, whatever prefix is asked for."""
+    path = re.sub("prefix=[^&]*", "prefix=", request.path) if request.method == "GET" else request.path
+    return in_the_past(replace(request, path=path), forward)
+
+
+@pytest.fixture
+def whole(seaweed: Seaweed, s3_environment: object) -> Iterator[Bucket]:
+    """A bucket of the test's own with three objects and an upload, each below another folder."""
+    made = Bucket(f"whole-{uuid.uuid4().hex[:8]}", endpoint_url=seaweed.endpoint_url)
+    made._client().create_bucket(Bucket=made.name)
+    for key in ("a/1", "b/2", "else/3"):
+        made._client().put_object(Bucket=made.name, Key=key, Body=b"x")
+    made._client().create_multipart_upload(Bucket=made.name, Key="else/4")
+    with FaultProxy(seaweed, in_the_past_without_prefix) as proxy:
+        yield Bucket(made.name, endpoint_url=proxy.endpoint_url)
+
+
+def test_store_that_ignores_prefixes_loses_nothing_by_a_probe(whole: Bucket) -> None:
+    whole.probe()
+    assert left(whole) == (["a/1", "b/2", "else/3"], ["else/4"])
+
+
+def test_store_that_ignores_prefixes_loses_one_folder_by_a_purge(whole: Bucket) -> None:
+    assert [each.key for each in whole.list("b/")] == ["b/2"]
+    assert whole.purge("a/") == 1
+    assert whole.abort_uploads("a/") == 0
+    assert left(whole) == (["b/2", "else/3"], ["else/4"])
 
 
 def test_next_probe_notices_a_store_that_ignores_conditions(
