@@ -186,8 +186,17 @@ def dead(session: Session, row: Dispatch, error: str) -> None:
     _end(session, row, DispatchState.DEAD, error[:MAX_ERROR_CHARS])
 
 
+_DISPATCHES = Dispatch.__table__.c  # type: ignore[attr-defined]
+_FIRST_OPEN = select(_DISPATCHES.id).where(
+    IS_OPEN, _DISPATCHES.sink == bindparam("to"), _DISPATCHES.task_id == bindparam("of")
+)
+_FIRST_OPEN = _FIRST_OPEN.order_by(_DISPATCHES.id).limit(1).with_for_update()
+
+
 def _end(session: Session, row: Dispatch, state: DispatchState, error: str | None) -> None:
     now = db_now()
+    if row.task_id is not None:  # Two ends at once would each wait for the other to make the next one due.
+        execute(session, _FIRST_OPEN, {"to": row.sink, "of": row.task_id})
     claims.settle(session, row, due_in=None, state=state, tries=row.tries + 1, error=error, settled_at=now)
     if row.task_id is not None:
         _advance(session, row.sink, [row.task_id])
@@ -344,6 +353,7 @@ def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:
 
     Those of one task are sent in their order and before its waiting ones. Events sent meanwhile came earlier.
     """
+    _open_chains(session, {row.task_id for row in rows if row.task_id})  # for the same reason
     free = update(Dispatch).where(col(Dispatch.id).in_([row.id for row in rows]), col(Dispatch.lease).is_(None))
     again = {**claims.DUE_NOW, **claims.NOT_DUE}  # the first of each task is made due below
     again |= {"state": DispatchState.DUE, "tries": 0, "error": None, "settled_at": None}

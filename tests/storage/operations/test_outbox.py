@@ -291,12 +291,17 @@ def test_disabled_sink_gets_no_events_until_it_is_enabled(database: Database) ->
     assert names_of(database, claim(database)) == ["task.archived"]
 
 
-def test_redelivered_events_keep_their_order(database: Database) -> None:
-    task = task_in(database)
-    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
+def given_up(database: Database, *names: EventName) -> list[Dispatch]:
+    """The dead dispatches of a task with these events."""
+    tell(database, task_in(database), *names)
     outbox.sequence_all(database, [HOOK])
     while rows := claim(database):
         settle(database, rows, outbox.dead, "never")
+    return queue(database)
+
+
+def test_redelivered_events_keep_their_order(database: Database) -> None:
+    given_up(database, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
     with database.write() as session:
         assert outbox.redeliver(session, queue(database)) == 3
     order = []
@@ -305,6 +310,41 @@ def test_redelivered_events_keep_their_order(database: Database) -> None:
         settle(database, rows)
     assert order == ["task.submitted", "task.processing", "task.failed"]
     assert {row.state for row in queue(database)} == {DispatchState.DELIVERED}
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_event_redelivered_while_the_one_before_it_is_settled_becomes_due(database: Database) -> None:
+    """A large redelivery is of several transactions, and workers send what the first ones made due meanwhile."""
+    first, second = given_up(database, EventName.TASK_SUBMITTED, EventName.TASK_FAILED)
+    with database.write() as session:
+        outbox.redeliver(session, [first])
+    held = claim(database)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            outbox.redeliver(session, [second])
+            other = pool.submit(settle, database, held)
+            wait_until_blocked(database, other)
+        other.result(10)
+    assert names_of(database, claim(database)) == ["task.failed"]
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_event_behind_two_that_are_settled_at_once_becomes_due(database: Database) -> None:
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
+    outbox.sequence_all(database, [HOOK])
+    settle(database, claim(database), outbox.dead, "never")
+    second = claim(database)
+    with database.write() as session:
+        outbox.redeliver(session, queue(database)[:1])
+    [first] = claim(database)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            outbox.delivered(session, first)
+            other = pool.submit(settle, database, second)
+            wait_until_blocked(database, other)
+        other.result(10)
+    assert names_of(database, claim(database)) == ["task.failed"]
 
 
 def test_claimed_dispatch_is_not_redelivered(database: Database) -> None:
