@@ -196,9 +196,10 @@ class Bucket(StoredObjects):
         can = self.capabilities()
         if can.proof == "read":
             return False
-        checksum_agrees, etag_agrees, _ = evidence
-        # A missing checksum counts only from a store that sent none in the probe either.
-        may_lack_it = checksum_agrees is None and (can.proof == "md5" or not can.returns_checksum)
+        checksum_agrees, etag_agrees, etag = evidence
+        # A missing checksum counts only from a store that sent none in the probe either. The 200 of a page in front of
+        # the store has no ETag.
+        may_lack_it = checksum_agrees is None and etag != "" and (can.proof == "md5" or not can.returns_checksum)
         is_proof = (checksum_agrees or may_lack_it) and (etag_agrees is not False or not self._etags_are_md5)
         if not is_proof:
             log.warning("store.doubted", bucket=self.name, checksum=checksum_agrees, etag=etag_agrees)

@@ -418,3 +418,19 @@ def test_put_succeeds_if_the_store_returns_no_or_a_wrong_checksum(
     assert put(through_proxy, "a.png", b"one") is True
     assert put(through_proxy, "a.png", b"one") is False
     assert content_of(through_proxy, "a.png") == b"one"
+
+
+@pytest.mark.parametrize("believes", ["sha256", "md5"])
+def test_page_in_place_of_the_store_is_no_proof_of_a_put(
+    proxy: FaultProxy, through_proxy: Bucket, believes: str
+) -> None:
+    """A proxy that answers 200 while the store is down, in front of one that names no checksum."""
+    refuses = {"refuses_wrong_checksum": believes == "sha256", "refuses_wrong_md5": True}
+    through_proxy._capabilities = replace(AWS_LIKE, returns_checksum=False, **refuses)
+    page = Answer(200, {"content-type": "text/html"}, b"<html>down for maintenance</html>")
+    proxy.fault = lambda request, forward: page if request.puts_an_object else forward(request)
+    with pytest.raises(StoreUnavailable, match="there is no object"):
+        put(through_proxy, "a.png", b"one")
+    proxy.fault = lambda request, forward: with_checksum(forward(request), None)
+    assert put(through_proxy, "a.png", b"one") is True
+    assert content_of(through_proxy, "a.png") == b"one"
