@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,8 +97,10 @@ def submit(
             raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
         fields = {**_from_file(request), **given}
         with opened(allow_http, migrate=True, store=store, asks_provider=True, pays=True) as parts:
-            task = _submit(parts, fields, external_task_id, adopt)
-            with _named(task.external_task_id):
+            external_task_id = external_task_id or fields.get("external_task_id") or str(uuid.uuid4())
+            with _named(external_task_id, DatabaseUnavailable):
+                task = _submit(parts, fields, external_task_id, adopt)
+            with _named(external_task_id):
                 _answer(parts, task, wait=wait, as_json=as_json)
     elif given or request or external_task_id or adopt:
         raise typer.BadParameter("the file contains the request: remove the other fields", param_hint="--batch")
@@ -159,23 +162,26 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _named(external_task_id: str) -> Iterator[None]:
-    """Name the task where a fault ends the command, because it may be paid by now."""
+def _named(external_task_id: str, *told: type[Exception]) -> Iterator[None]:
+    """Name the task where Ctrl-C or a fault ends the command, because it may be paid by now.
+
+    `told`: faults that name it themselves if it may be paid.
+    """
     try:
         yield
-    except (DatabaseUnavailable, OutputFailed, BrokenPipeError):
-        option = f"--external-task-id {as_argument(external_task_id)}"
-        with suppress(OutputFailed, BrokenPipeError):
-            say(f"the task is {external_task_id}; the same command with `{option}` sends nothing twice", err=True)
+    except BaseException as error:
+        if isinstance(error, OutputFailed) or not isinstance(error, (UserError, typer.Exit, *told)):
+            option = f"--external-task-id {as_argument(external_task_id)}"
+            with suppress(OutputFailed, BrokenPipeError):
+                say(f"the task is {external_task_id}; the same command with `{option}` sends nothing twice", err=True)
         raise
 
 
-def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, adopt: bool) -> Task:
+def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str, adopt: bool) -> Task:
     if not (parts.settings.kling_api_key or parts.settings.kling_access_key):
         # A create without them would pause the account, also for workers that have a key.
         raise UserError("no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY")
-    in_file = fields.pop("external_task_id", None)
-    external_task_id = external_task_id or in_file or None
+    fields.pop("external_task_id", None)
     fields.pop("callback_url", None)
     request = parts.submitter.parse(fields)
     for warning in request.warnings():
@@ -184,14 +190,15 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
     from storage.states import TaskState
 
     submitted = parts.submitter.submit(request, external_task_id=external_task_id, adopt=adopt)
-    if not submitted.new:
-        say("the same request was submitted before; nothing was sent", err=True)
-    elif submitted.task.queued_at is not None:
-        why = "; ".join(show.pausing(parts, submitted.task)) or "all slots of the account are held"
-        say(f"{why}: a worker sends it when its turn comes", err=True)
-    elif submitted.task.state is TaskState.CREATED and submitted.task.note:
-        say(f"the provider has not accepted it yet ({submitted.task.note}): a worker tries again; "
-            "`receiver check` checks its address", err=True)  # fmt: skip
+    with suppress(OutputFailed, BrokenPipeError):  # standard output may still take the id
+        if not submitted.new:
+            say("the same request was submitted before; nothing was sent", err=True)
+        elif submitted.task.queued_at is not None:
+            why = "; ".join(show.pausing(parts, submitted.task)) or "all slots of the account are held"
+            say(f"{why}: a worker sends it when its turn comes", err=True)
+        elif submitted.task.state is TaskState.CREATED and submitted.task.note:
+            say(f"the provider has not accepted it yet ({submitted.task.note}): a worker tries again; "
+                "`receiver check` checks its address", err=True)  # fmt: skip
     return submitted.task
 
 

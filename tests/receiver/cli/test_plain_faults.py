@@ -149,6 +149,28 @@ def test_submit_whose_output_cannot_be_written_names_the_task_that_was_paid(
     assert len(sandbox.ledger().tasks) == 1
 
 
+def test_submit_whose_remarks_cannot_be_written_prints_the_id(ready: CommandLine) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    variables, out = {**environment, **ready.variables, "RECEIVER_KLING_BASE_URL": "http://127.0.0.1:9"}, "out"
+    Forked(ASK, variables, ready.folder, out=ready.folder / out, err=Path("/dev/full")).wait(60)
+    assert ready("status", (ready.folder / out).read_text().strip()).code == 0
+
+
+def test_ctrl_c_during_a_create_names_the_task(ready: CommandLine, sandbox: Sandbox, tmp_path: Path) -> None:
+    sandbox.set(create_faults=["hang:created"], hang_seconds=30)
+    err = tmp_path / "err"
+    process = Forked(ASK, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
+    try:
+        wait_until(lambda: len(sandbox.ledger().tasks) == 1, seconds=25)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) != 0
+    finally:
+        process.kill()
+    name = sandbox.ledger().tasks[0].external_task_id
+    assert f"the task is {name}; the same command with `--external-task-id {name}` sends" in err.read_text()
+    assert ready(*ASK, "--external-task-id", name).out == f"{name}\n" and len(sandbox.ledger().tasks) == 1
+
+
 def test_a_current_folder_that_was_removed_is_one_line(ready: CommandLine) -> None:
     shell = ("sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh")
     words = (*shell, sys.executable, "-m", "receiver", "status")
