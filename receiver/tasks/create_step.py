@@ -222,6 +222,14 @@ class CreateStep:
             self._settle_queued(session, task, str(error), 0, model=task.model, **claims.NO_ATTEMPTS)
 
     def _settle_queued(self, session: Session, task: Task, note: str, wait: float, **values: Any) -> None:
+        """Put the task back into its queue, unless it was called back meanwhile: then the next claim ends this step.
+
+        From the queue a task that has ended would be given slots, which no later report gives back.
+        """
+        tasks.lock_claimed(session, task)
+        if _is_called_back(session, task):
+            claims.settle(session, task, due_in=0, note=note, sent_at=None)
+            return
         again = {"queued_at": db_now(wait), "slots": -abs(task.slots), "sent_at": None, **values}
         claims.settle(session, task, due_in=None, note=note, **again)
 

@@ -315,6 +315,24 @@ def test_already_exists_is_ours_once_it_was_called_back(
     assert (found.state, found.error) == (TaskState.PROCESSING, None)
 
 
+@pytest.mark.parametrize("changes", [{"poll_after_seconds": 3_600, "kling_slots": 1}])
+@pytest.mark.parametrize("code", ["1303", "1102"], ids=["full", "no balance"])
+def test_a_task_that_succeeds_while_its_second_create_is_refused_waits_for_no_slot(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """The first create had arrived. Its callback comes beside the second one, which the account has no room for."""
+    sandbox.set(create_faults=["5000:created", code])
+    task = submit_request(parts)
+    told = record_of(parts, sandbox, ended=True)
+    go_on(parts)
+    call_before(monkeypatch, parts, lambda: deliver(parts, task, told, webhook_id="msg_1"))
+    go_on(parts, missed_at=LONG_AGO)
+    parts.worker().run_until_idle()
+    found = task_of(parts, ID)
+    assert (found.archive, found.queued_at, found.slots) == (ArchiveState.ARCHIVED, None, 0)
+    assert len(creates(sandbox)) == 2
+
+
 def test_the_id_in_a_signed_success_at_the_account_url_is_read(parts: Parts, sandbox: Sandbox) -> None:
     """Such a delivery is always confirmed by a read."""
     submit_request(parts)
