@@ -17,7 +17,9 @@ from storage.bucket.store_errors import (
     CHECKSUMS_HINT,
     OF_KMS,
     WITHOUT_CHECKSUMS,
+    has_line_end,
     is_explained,
+    is_of_boto3,
     is_untrusted,
     may_refuse_checksums,
     permission,
@@ -104,13 +106,15 @@ def _advice(parts: Parts, error: StoreUnavailable) -> str:
         return f"grant {needed}, or use another key"
     if may_refuse_checksums(error.__cause__) and _works_without_checksums(parts):
         return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"
-    if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
+    if is_untrusted(error.__cause__) or has_line_end(error.__cause__) or isinstance(error, ObjectRefused):
         return ""  # the message is the advice
     if place := region(error.__cause__):
         return f"set AWS_DEFAULT_REGION to {place}"
     if reason_code(error).startswith(OF_KMS):
         return "mend the key there, or name another one in RECEIVER_S3_KMS_KEY_ID or in the bucket's default encryption"
     unknown = "" if is_explained(error.__cause__) else f"check {_endpoint_setting(parts)}, and that the store runs"
+    if is_of_boto3(error.__cause__):
+        unknown = "correct the AWS_… variables of the environment, or ~/.aws/config and ~/.aws/credentials"
     return ADVICE.get(reason_code(error), unknown)
 
 

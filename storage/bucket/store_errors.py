@@ -53,7 +53,10 @@ OF_REGION = {"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalfo
 REGION = re.compile(r"[a-z0-9-]{1,40}")
 OF_KMS = "KMS."  # the beginning of its codes
 # The beginnings of our messages, by which stored errors are recognised, and the words of the one about a single object.
-MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
+MESSAGES = (
+    *("the store at ", "a limit in front of the store at ", "the proxy that "),
+    *("no credentials for the bucket", "the credentials of the bucket "),
+)
 OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
 # The root elements of listings. gofakes3, which other stores are built on, has its own for versions.
 LISTINGS = {
@@ -64,6 +67,7 @@ ROOT = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?[^>]*>\s*)?<(?:[\w.-]+:)?([\w.-]+
 WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"
 CHECKSUMS_HINT = f"; if it takes no checksum headers, set {WITHOUT_CHECKSUMS}"
 MAX_WORDS_CHARS = 200
+INVALID_HEADER = "Invalid header value"  # what http.client says of a header
 
 
 class NoSuchObject(LookupError):
@@ -116,9 +120,14 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
         return f"{store} sends pages of a listing that name no further object"
     if isinstance(error, TOO_SLOW):
         return f"{store} cannot be reached (timeout)"
-    if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
+    if has_line_end(error):
+        return (
+            "the credentials of the bucket hold a line end or another control character: "
+            "export AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN without it"
+        )
+    if not is_of_boto3(error):
         return f"{store} cannot be reached ({type(error).__name__})"
-    return f"{store} could not be used ({type(error).__name__})"
+    return f'{store} could not be used: boto3 says "{_in_one_line(str(error))}" ({type(error).__name__})'
 
 
 def _reason(error: Any) -> str:
@@ -127,9 +136,20 @@ def _reason(error: Any) -> str:
         return f"is in another region, {place}"
     if reason:
         return f"{reason} (needs {needed})" if needed else reason
-    said = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
-    words = "".join(filter(str.isprintable, said))[:MAX_WORDS_CHARS]
+    words = _in_one_line(str(error.response.get("Error", {}).get("Message", "")))
     return f'failed: "{words}"' if words else "failed"
+
+
+def _in_one_line(said: str) -> str:
+    return "".join(filter(str.isprintable, " ".join(said.split())))[:MAX_WORDS_CHARS]
+
+
+def is_of_boto3(error: BaseException | None) -> bool:
+    """Whether boto3 itself refuses to send a request, mostly for its configuration: a profile that does not exist, a
+    session of single sign-on that has expired.
+    """
+    is_of_network = isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError)
+    return isinstance(error, boto_errors.BotoCoreError) and not is_of_network
 
 
 def permission(error: Any) -> str | None:
@@ -181,6 +201,11 @@ def is_untrusted(error: BaseException | None) -> bool:
     network.
     """
     return isinstance(error, boto_errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def has_line_end(error: BaseException | None) -> bool:
+    """Whether a credential cannot stand in a header. The error's text shows it, so no message quotes that."""
+    return isinstance(error, boto_errors.HTTPClientError) and INVALID_HEADER in str(error)
 
 
 def may_refuse_checksums(error: BaseException | None) -> bool:

@@ -123,6 +123,30 @@ def test_store_that_cannot_be_used_is_named_with_the_remedy(receiver: CommandLin
         assert words in only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=proxy.endpoint_url))
 
 
+OF_BOTO3 = {
+    "a profile that does not exist": (
+        {"AWS_PROFILE": "missing"},
+        'boto3 says "The config profile (missing) could not be found" (ProfileNotFound): correct the AWS_… variables',
+    ),
+    "a program for credentials that fails": (
+        {"AWS_PROFILE": "vault", "AWS_CONFIG_FILE": "config", "AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+        'from custom-process: cat: locked: No such file or directory" (CredentialRetrievalError): correct the AWS_…',
+    ),
+    "a key with a line end": (
+        {"AWS_ACCESS_KEY_ID": "hidden\r"},
+        "a line end or another control character: export AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN without it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_BOTO3)
+def test_what_boto3_refuses_before_it_sends_is_not_said_of_the_store(receiver: CommandLine, name: str) -> None:
+    variables, words = OF_BOTO3[name]
+    (receiver.folder / "config").write_text("[profile vault]\ncredential_process = cat locked\n")
+    says = only_fault(receiver("check", **variables))
+    assert words in says and "that the store runs" not in says and "hidden" not in says
+
+
 def test_a_store_that_refuses_in_its_own_words_is_not_said_to_be_down(receiver: CommandLine, seaweed: Seaweed) -> None:
     with FaultProxy(seaweed, lambda *_: said(403, "AccountProblem", "Pay your bill.")) as proxy:
         says = only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=proxy.endpoint_url))
