@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
-from storage.database.turnstile import SQLITE_BUSY_SECONDS, who_holds
+from storage.database.turnstile import SQLITE_BUSY_SECONDS, who_holds_database
 
 log = structlog.get_logger()
 
@@ -70,7 +70,7 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
     folder.
     """
     if said == LOCKED:
-        return f" by another program for {SQLITE_BUSY_SECONDS} s; {who_holds(Path(url.database or ''))}"
+        return f" by another program for {SQLITE_BUSY_SECONDS} s; {who_holds_database(Path(f'{url.database}.lock'))}"
     if said == NOT_OPENED:
         file = Path(url.database or "").absolute()
         folder = file.parent

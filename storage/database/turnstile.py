@@ -28,6 +28,15 @@ def who_holds(path: Path) -> str:
     return f"`fuser {shlex.quote(str(path.absolute()))}` names the process that holds it: wait for it, or end it"
 
 
+def who_holds_database(lock: Path) -> str:
+    """What to do about a database that another program keeps locked. `lock`: the file of our turns beside it.
+
+    Every receiver uses both files, and one of them holds the turn while it waits for the other program.
+    """
+    files = shlex.join(map(str, (lock.absolute().with_suffix(""), lock.absolute())))
+    return f"`fuser {files}` lists processes: wait for the one that uses the database alone, or end it"
+
+
 class Turnstile:
     """A lock around every write transaction of every process, because SQLite's busy handler is not fair.
 
@@ -192,7 +201,7 @@ class Turnstile:
     def _held(self) -> str:
         return (
             f"database: {self._path.name} has been locked for {self._wait_seconds:g} s by another program; "
-            f"{who_holds(self._path)}"
+            f"{who_holds_database(self._path)}; if there is none, a receiver is stopped"
         )
 
     def close(self) -> None:

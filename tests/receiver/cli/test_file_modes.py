@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import sqlite3
 import stat
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 from structlog.testing import capture_logs
 
 from receiver.batch import batch_report
 from receiver.cli.audit_log import AuditLog
 from receiver.events.dispatcher import SinkUnavailable
 from receiver.events.lines import Lines
+from storage.database import outages
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable
@@ -112,11 +115,22 @@ def test_event_file_locked_by_another_program_holds_no_thread(tmp_path: Path) ->
 
 def test_command_gives_up_a_lock_of_another_program(tmp_path: Path) -> None:
     turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3, is_patient=lambda: False)
-    with held(tmp_path / "x.lock"), pytest.raises(DatabaseUnavailable, match="names the process that holds it"):
+    with held(tmp_path / "x.lock"), pytest.raises(DatabaseUnavailable, match="a receiver is stopped"):
         turnstile.turn().__enter__()
     with turnstile.turn(), (tmp_path / "x.lock").open("a") as other, pytest.raises(BlockingIOError):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     turnstile.close()
+
+
+def test_message_of_a_locked_database_names_its_file_too_as_the_other_program_uses_that_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.db.lock"
+    waiting = Turnstile(path, wait_seconds=0.2, is_patient=lambda: False)
+    remedy = f"`fuser {tmp_path / 'x.db'} {path}` lists processes"
+    # a worker that has the turn waits for a lock which another program has taken with SQLite
+    with held(path), pytest.raises(DatabaseUnavailable, match=re.escape(remedy)):
+        waiting.turn().__enter__()
+    url, error = make_url(f"sqlite:///{tmp_path / 'x.db'}"), sqlite3.OperationalError("database is locked")
+    assert remedy in outages.words(url, error)
 
 
 def test_a_command_waits_its_turn_behind_a_short_transaction(tmp_path: Path) -> None:
