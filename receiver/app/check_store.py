@@ -50,6 +50,7 @@ ADVICE = {
     "NoRegionError": SET_REGION,
     "NoCredentialsError": "",  # the message is the advice
     "PartialCredentialsError": "",
+    "Redirected": "",
 }
 PROOFS = {
     "sha256": "a put is proven by its SHA-256",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import urllib3
 from botocore.awsrequest import (
@@ -36,8 +37,24 @@ MAX_TAGS = 200_000
 DOCUMENT_TYPE = b"<!DOCTYPE"
 
 
+# A redirect without a region leads to no store: to https, or to a log-in page. boto3 would ask for the region by a HEAD
+# that is redirected too, for which it asks again: 110 requests, and a RecursionError.
+REDIRECTS, REGION_HEADER = frozenset({301, 302, 303, 307, 308}), "x-amz-bucket-region"
+
+
 class UnusableAnswer(HTTPClientError):  # type: ignore[misc]
     fmt = "the store's answer is no XML of S3"
+
+
+class Redirected(HTTPClientError):  # type: ignore[misc]
+    fmt = "redirected to {place}"
+
+
+def member(answer: Mapping[str, Any], name: str) -> str:
+    """What every answer of S3 to this request has. Raises `UnusableAnswer`."""
+    if name not in answer:
+        raise UnusableAnswer
+    return str(answer[name])
 
 
 def bound(client: Any) -> None:
@@ -57,6 +74,9 @@ def _send(send: Callable[[Any], Any], request: Any) -> Any:
         content = response.content
     except (urllib3.exceptions.HTTPError, OSError) as error:  # botocore does not translate those of a streamed answer
         raise HTTPClientError(error=error) from error
+    if response.status_code in REDIRECTS and REGION_HEADER not in response.headers and b"<Error" not in content:
+        to = urlsplit(response.headers.get("location", ""))
+        raise Redirected(place=f"{to.scheme}://{to.netloc.rpartition('@')[2]}" if to.netloc else "another path")
     text = content.replace(b"\0", b"")  # which UTF-16 puts between the letters
     if DOCUMENT_TYPE in text or text.count(b"<") > MAX_TAGS:
         if not is_error:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from storage.bucket import checksums
+from storage.bucket.bounded_connections import member
 from storage.bucket.checksums import Evidence
 from storage.bucket.listings import entries
 from storage.bucket.put_options import Put
@@ -19,12 +20,12 @@ def upload(client: Any, bucket: str, put: Put, md5: Callable[[str], Mapping[str,
     boto3's errors, and `StoreUnavailable` when the file changed.
     """
     started = client.create_multipart_upload(**put.options, ChecksumAlgorithm="SHA256")
-    place = {"Bucket": bucket, "Key": put.key, "UploadId": started["UploadId"]}
+    place = {"Bucket": bucket, "Key": put.key, "UploadId": member(started, "UploadId")}
     try:
         sent, sha256s, etags_agree = [], [], None
         for part in checksums.parts_of(put.file, put.size, put.sha256):
             answer = client.upload_part(**place, **part.arguments, **md5(part.md5), Body=part.content)
-            sent.append({**part.arguments, "ETag": answer["ETag"]})
+            sent.append({**part.arguments, "ETag": member(answer, "ETag")})
             sha256s.append(part.sha256)
             if checksums.evidence_of(answer, part.sha256, part.md5).etag_agrees is False:
                 etags_agree = False

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Literal
 
+from storage.bucket.bounded_connections import member
 from storage.errors import StoreUnavailable
 
 # A wrong checksum is refused with one of these (BadDigest is 400); a conditional write with 412 alone.
@@ -157,10 +158,10 @@ class Probe:
     ) -> None:
         place = {"Bucket": self._bucket, "Key": key}
         created = self._client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")
-        place["UploadId"] = created["UploadId"]
+        place["UploadId"] = member(created, "UploadId")
         part = {"PartNumber": 1, "ChecksumSHA256": checksum or sha256_base64(body)}
         try:
-            part["ETag"] = self._client.upload_part(**place, **part, **md5, Body=body)["ETag"]
+            part["ETag"] = member(self._client.upload_part(**place, **part, **md5, Body=body), "ETag")
             self._client.complete_multipart_upload(**place, **options, MultipartUpload={"Parts": [part]})
         except BaseException:
             with suppress(Exception):

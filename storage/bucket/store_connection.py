@@ -11,6 +11,7 @@ from typing import Any, Literal
 import boto3
 from botocore import exceptions as boto_errors
 from botocore.config import Config
+from botocore.parsers import ResponseParserError
 
 from storage import forks
 from storage.bucket.bounded_connections import bound
@@ -28,6 +29,8 @@ TRIES = 2
 RENEW_SECONDS = 10.0
 # Refusals whose code a HEAD does not show, because its answer has no body.
 UNTOLD = (400, 401, 403)
+# Calls about one object, which a 404 without S3's code says is missing. To others a proxy without a route answers so.
+OF_OBJECT = ("HeadObject", "GetObject")
 # Where boto3 looks for an endpoint if it is given none.
 BOTO3_ENDPOINTS = "AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or the profile's endpoint_url"
 
@@ -169,12 +172,13 @@ class StoreConnection:
         """
         try:
             yield
-        except (boto_errors.ClientError, boto_errors.BotoCoreError, *TOO_SLOW) as error:
+        except (boto_errors.ClientError, boto_errors.BotoCoreError, ResponseParserError, *TOO_SLOW) as error:
             raise self._translated(error, size, creates=creates) from error
 
     def _translated(self, error: Exception, size: int | None, *, creates: bool) -> Exception:
         answer = (status(error), code(error)) if isinstance(error, boto_errors.ClientError) else (0, "")
-        if answer[1] in ("NoSuchKey", "NotFound") or answer == (404, "404"):
+        is_of_object = answer == (404, "404") and getattr(error, "operation_name", "") in OF_OBJECT
+        if answer[1] in ("NoSuchKey", "NotFound") or is_of_object:
             return NoSuchObject("no object is stored under the key")
         if creates and (answer[0] in (409, 412) or answer[1] == "NoSuchUpload"):
             return (TryAgain if answer[0] == 409 else ConditionFailed)(answer[1])

@@ -7,8 +7,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from botocore import exceptions as boto_errors
+from botocore.parsers import ResponseParserError
 
-from storage.bucket.bounded_connections import UnusableAnswer
+from storage.bucket.bounded_connections import Redirected, UnusableAnswer
 from storage.bucket.http_connections import TOO_SLOW
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 
@@ -22,6 +23,7 @@ REASONS = {
     "AccessDenied": "refuses these credentials",
     "403": "refuses these credentials",
     "NoSuchBucket": "has no such bucket",
+    "404": "answers without a code of S3; a proxy in front of it may have no route",
     "BadDigest": "says the bytes are not those of the checksum",
     "XAmzContentSHA256Mismatch": "says the bytes are not those of the checksum",
     "SlowDown": "asks to slow down",
@@ -114,7 +116,10 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
         return f"{store} has a certificate that is not trusted: set AWS_CA_BUNDLE to the file of the CA that signed it"
     if isinstance(error, boto_errors.ProxyConnectionError):
         return f"the proxy that HTTPS_PROXY or HTTP_PROXY names for {store} cannot be reached"
-    if isinstance(error, UnusableAnswer):
+    if isinstance(error, Redirected):
+        place = error.kwargs["place"]
+        return f"{store} redirects to {place}: set RECEIVER_S3_ENDPOINT_URL to the store's own address"
+    if isinstance(error, UnusableAnswer | ResponseParserError):
         return f"{store} answered with what is no XML of S3; a proxy or a log-in page may be in front of it"
     if isinstance(error, boto_errors.PaginationError):
         return f"{store} sends pages of a listing that name no further object"
@@ -174,7 +179,8 @@ def region(error: Any) -> str | None:
 def is_explained(error: Any) -> bool:
     """Whether the store says in words of its own why it refuses the request."""
     has_words = isinstance(error, boto_errors.ClientError) and error.response["Error"].get("Message")
-    return bool(has_words) and 400 <= status(error) < 500
+    # Of an answer without a code boto3 makes one of the status, and words of its phrase.
+    return bool(has_words) and 400 <= status(error) < 500 and code(error) != str(status(error))
 
 
 def no_listing(operation: str, body: bytes) -> str | None:

@@ -179,7 +179,7 @@ class StoredObjects(StoreConnection):
         """Abort unfinished multipart uploads of keys that begin with `prefix` and satisfy `only`. Returns how many.
 
         A writer of such an upload gets `NoSuchUpload` and checks the key again. A store that cannot list uploads
-        (HTTP 405 or 501) counts as having none.
+        (HTTP 404, 405 or 501) counts as having none.
         """
         count = 0
         with suppress(NoSuchObject), self._errors():
@@ -189,6 +189,6 @@ class StoredObjects(StoreConnection):
                         self._client().abort_multipart_upload(**place)
                         count += 1
             except boto_errors.ClientError as error:
-                if status(error) not in (405, 501):
+                if status(error) not in (404, 405, 501):
                     raise
         return count

@@ -77,6 +77,14 @@ STORES: dict[str, tuple[Callable[[Request, Forward], Answer], str]] = {
     "a key without Get": (without_get, "(needs s3:GetObject) (bucket pictures, AccessDenied, HTTP 403): grant s3:Get"),
     "refuses checksum headers": (without_checksums, "HTTP 501): set RECEIVER_S3_CHECKSUMS=never: the store"),
     "a page for a listing": (log_in_page, "answers a listing with what is not one: HTTP 200, an element html; a proxy"),
+    "a proxy without a route": (
+        lambda *_: Answer(404, {"content-type": "text/plain"}, b"404 page not found"),
+        "a proxy in front of it may have no route (bucket pictures, 404, HTTP 404): check RECEIVER_S3_ENDPOINT_URL",
+    ),
+    "a redirect to https": (
+        lambda *_: Answer(301, {"location": "https://user:secret@store.example.com/pictures/x?sign=1"}, b""),
+        "redirects to https://store.example.com: set RECEIVER_S3_ENDPOINT_URL to the store's own address",
+    ),
     "an empty listing": (empty_listing, "the store does not list an object that it has just stored"),
     "an expired token": (
         lambda *_: said(400, "ExpiredToken"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,56 @@ def test_page_in_place_of_a_listing_is_no_empty_bucket(
     )
     with pytest.raises(StoreUnavailable, match=r"answers a listing with what is not one: HTTP 200|no XML of S3"):
         through.purge(through.prefix) if versions else list(through.list(through.prefix))
+
+
+NOT_A_STORE = {
+    "no route": Answer(404, {"content-type": "text/plain"}, b"404 page not found"),
+    "to https": Answer(301, {"location": "https://store.example.com/k"}, b""),
+    "to a log-in": Answer(302, {"location": "/login?next=%2F"}, b""),
+    "empty": Answer(200, {}, b""),
+    "a page": Answer(200, {"content-type": "text/html"}, b"<html>Log in</html>"),
+    "cut": Answer(200, {"content-type": "application/xml"}, b"<ListBucketResult><Contents><Key>k</K"),
+}
+CALLS: dict[str, Callable[[Bucket], object]] = {
+    "put": put,
+    "put in parts": lambda bucket: put(bucket, bytes(7 * 2**20)),
+    "list": lambda bucket: list(bucket.list("k/")),
+    "purge": lambda bucket: bucket.purge("k/"),
+    "probe": lambda bucket: bucket.probe(),
+}
+
+
+@pytest.mark.parametrize("answer", NOT_A_STORE.values(), ids=NOT_A_STORE)
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_answer_of_no_store_counts_as_a_store_that_is_down(
+    call: Callable[[Bucket], object],
+    answer: Answer,
+    through: Bucket,
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each was taken for a bug: a traceback in the log, no error in the row, and up to an hour until the next try."""
+    monkeypatch.setattr(objects, "MULTIPART_THRESHOLD_BYTES", 6 * 2**20)
+    asked: list[str] = []
+
+    def answers(request: Request, forward: Forward) -> Answer:
+        asked.append(request.path)
+        is_look_up = request.method == "HEAD" and call is CALLS["put in parts"]
+        return forward(request) if is_look_up else replace(answer, body=answer.body * (request.method != "HEAD"))
+
+    proxy.fault = answers
+    with pytest.raises(StoreUnavailable):
+        call(through)
+    assert len(asked) < 12  # boto3 asks for the region of a redirect, which is redirected, and so on: 110 requests
+
+
+def test_part_without_an_etag_is_an_error_of_the_store(
+    through: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "MULTIPART_THRESHOLD_BYTES", 6 * 2**20)
+    proxy.fault = lambda request, forward: Answer(200, {}, b"") if "partNumber" in request.path else forward(request)
+    with pytest.raises(StoreUnavailable, match="no XML of S3"):
+        put(through, bytes(7 * 2**20))
 
 
 def test_description_without_a_time_is_an_error_of_the_store(through: Bucket, proxy: FaultProxy) -> None:
