@@ -149,11 +149,11 @@ class Worker:
         if self._failure is not None:
             raise self._failure
 
-    def _register(self) -> uuid.UUID | None:
+    def _register(self, own: uuid.UUID | None = None) -> uuid.UUID | None:
         """Register this process as soon as the database answers. None: the worker was stopped before."""
         while not self._stop.is_set():
             try:
-                return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes))
+                return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes), own)
             except DatabaseUnavailable as error:
                 log.debug("worker.database_not_reached", job="register", error=str(error))
             self._stop.wait(DATABASE_AWAY_SECONDS)
@@ -360,6 +360,8 @@ class Worker:
 
     def _beat_once(self) -> None:
         self._alive = heartbeats.beat(self._database, self._id)
+        if not self._alive:  # a failover or a restore lost the row, or another worker removed it after a day
+            self._register(self._id)
 
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():

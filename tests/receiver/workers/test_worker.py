@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlmodel import col, select, update
+from sqlmodel import col, delete, select, update
 from structlog.testing import capture_logs
 
 from receiver.workers import worker
@@ -24,7 +24,7 @@ from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats
-from storage.rows import claims
+from storage.rows import claims, models
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until
@@ -204,6 +204,19 @@ def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk, m
         wait_until(lambda: len(desk.begun) == 4)
         desk.gate.set()
         wait_until(lambda: not waiting(database))
+
+
+@pytest.mark.databases("sqlite")
+def test_worker_whose_row_is_gone_registers_again(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a failover to a standby that had not got it yet."""
+    monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 0.1)
+    with running(database, assets_lane(desk.work)):
+        with database.write() as session:
+            session.execute(delete(models.Worker))
+        wait_until(lambda: heartbeats.count_alive(database) == 1)
+    assert heartbeats.count_alive(database) == 0
 
 
 @pytest.mark.databases("sqlite")

@@ -23,9 +23,10 @@ def test_heartbeat_counts_itself_and_the_others_that_are_alive(database: Databas
     assert heartbeats.beat(database, first) == 1
 
 
-def test_worker_whose_row_is_gone_counts_itself_alone(database: Database) -> None:
-    assert heartbeats.beat(database, uuid.uuid4()) == 1
-    assert heartbeats.count_alive(database) == 0
+def test_heartbeat_tells_that_its_row_is_gone(database: Database) -> None:
+    heartbeats.register(database, 8)
+    assert heartbeats.beat(database, uuid.uuid4()) == 0
+    assert heartbeats.count_alive(database) == 1
 
 
 def test_worker_that_died_while_the_clock_was_ahead_is_not_alive(database: Database) -> None:
