@@ -1,8 +1,11 @@
-"""The `.env` file: its path, whether others may write it, and whether it is text."""
+"""The `.env` file: its path, whether others may write it, and whether it can be read."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+
+from dotenv.parser import parse_stream
 
 from storage.errors import UserError
 from storage.own_files import final, is_writable_by_others
@@ -20,7 +23,9 @@ def find() -> Path | None:
 
 
 def fault() -> str | None:
-    """The fault of a `.env` that others may write or that is not text, with file and line."""
+    """The fault of a `.env` that others may write, that is not text, or one of whose settings cannot be read, with file
+    and line.
+    """
     path = find()
     if path is None:
         return None
@@ -38,8 +43,11 @@ def fault() -> str | None:
     if b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return f"{path}:1: is UTF-16, as PowerShell writes it; save it as UTF-8 (Set-Content -Encoding utf8)"
     try:
-        content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return f"{path}:{line}: is not UTF-8 text; save the file as UTF-8"
+    for each in parse_stream(io.StringIO(text)):
+        if each.error and "RECEIVER_" in each.original.string:  # left out by what reads the settings
+            return f"{path}:{each.original.line}: cannot be read; write NAME=VALUE, and end a quote in its own line"
     return None

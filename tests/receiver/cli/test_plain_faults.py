@@ -119,6 +119,15 @@ def test_fault_of_an_env_file_names_the_line_that_is_not_text(ready: CommandLine
     assert ready("status").err == f"{ready.folder}/.env:2: is not UTF-8 text; save the file as UTF-8\n"
 
 
+@pytest.mark.parametrize(
+    "line", ['RECEIVER_PUBLIC_URL="https://example.com', "RECEIVER_PUBLIC_URL: https://example.com"]
+)
+def test_a_setting_in_the_env_file_that_cannot_be_read_is_named(ready: CommandLine, line: str) -> None:
+    (ready.folder / ".env").write_text(f"no line of ours\n{line}\nRECEIVER_LOG_LEVEL=info\n")
+    done = ready("status")
+    assert done.code == 1 and done.err.startswith(f"{ready.folder}/.env:2: cannot be read; write NAME=VALUE")
+
+
 def test_an_env_file_with_a_byte_order_mark_is_read(ready: CommandLine) -> None:
     (ready.folder / ".env").write_bytes(b"\xef\xbb\xbfRECEIVER_LOG_LEVEL=nonsense\n")
     assert ready("status").err.startswith("RECEIVER_LOG_LEVEL: ")
