@@ -10,10 +10,12 @@ from urllib.parse import urlsplit
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from receiver.base.cached_property import cached_property
 from receiver.events.cloudevents import MEDIA_TYPE
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
+from receiver.providers.base import plain
 from storage.bucket.bounded_connections import bound
 
 # The limit of SendMessageBatch (SQS API reference).
@@ -24,6 +26,9 @@ MAX_BYTES = 250_000
 THREADS = 2
 # READ_SECONDS: until an answer begins, and of waiting for its body, which has to come at 13 kB/s then.
 CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
+MAX_CODE_CHARS = 80
+# What boto3's parser raises of JSON of another form, of none, or in another character set: a page of a proxy.
+NOT_OF_SQS = (ResponseParserError, AttributeError, TypeError, ValueError, RecursionError)
 AWS_HOST = re.compile(r"(?:sqs|queue)\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
 
 
@@ -66,12 +71,17 @@ class Sqs:
         try:
             answer = self._client.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
         except ClientError as error:
-            failed: Outcome = SinkUnavailable(f"SQS: {error.response.get('Error', {}).get('Code', 'no code')}")
+            failed: Outcome = SinkUnavailable(f"SQS: {_code(error.response.get('Error', {}))}")
         except BotoCoreError as error:
             failed = SinkSilent(f"SQS: {type(error).__name__}")
+        except NOT_OF_SQS as error:
+            failed = SinkUnavailable(f"SQS: the answer cannot be read ({type(error).__name__})")
         else:
-            faults = {fault["Id"]: _fault(fault) for fault in answer.get("Failed", [])}
-            return [faults.get(entry["Id"]) for entry in entries]
+            # A page of a proxy names neither: it is no queue that has the message.
+            outcomes = {each.get("Id"): _fault(each) for each in answer.get("Failed", [])}
+            outcomes |= {each.get("Id"): None for each in answer.get("Successful", [])}
+            failed = SinkUnavailable("SQS: the answer does not name the message")
+            return [outcomes.get(entry["Id"], failed) for entry in entries]
         return [failed] * len(group)
 
     def _entry(self, name: str, message: Message) -> dict[str, Any]:
@@ -90,19 +100,28 @@ class Sqs:
         try:
             found = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=["QueueArn"])
         except ClientError as error:
-            code = str(error.response.get("Error", {}).get("Code", "no code"))
+            code = _code(error.response.get("Error", {}))
             raise (Unsure if "AccessDenied" in code else SinkUnavailable)(f"SQS: {code}") from error
         except BotoCoreError as error:
             raise SinkSilent(f"SQS: {type(error).__name__}") from error
-        return f"the queue {found.get('Attributes', {}).get('QueueArn', '')} answers"
+        except NOT_OF_SQS as error:
+            raise SinkUnavailable(f"SQS: the answer cannot be read ({type(error).__name__})") from error
+        if not (name := found.get("Attributes", {}).get("QueueArn")):
+            raise SinkUnavailable("SQS: the answer names no queue")
+        return f"the queue {name} answers"
 
     def close(self) -> None:
         if "_client" in self.__dict__:
             self._client.close()
 
 
+def _code(error: dict[str, Any]) -> str:
+    """The error code, without what no row or terminal takes."""
+    return plain(str(error.get("Code", "no code")), MAX_CODE_CHARS)
+
+
 def _fault(fault: dict[str, Any]) -> Exception:
-    words = f"SQS: {fault.get('Code', 'no code')}"
+    words = f"SQS: {_code(fault)}"
     return SinkRefused(words) if fault.get("SenderFault") else SinkUnavailable(words)
 
 

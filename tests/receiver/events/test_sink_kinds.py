@@ -46,7 +46,7 @@ from storage.rows.models import Event
 from storage.states import DispatchState
 from tests.forked import Forked
 from tests.harness import ROOT, wait_until
-from tests.loopback import Listener
+from tests.loopback import Listener, ScriptedServer
 from tests.pipeline import Web, working
 from tests.sink_pairs import (
     STEPS,
@@ -366,6 +366,34 @@ def test_a_queue_whose_answer_never_begins_is_silent(
         assert [type(outcome) for outcome in sink.send(messages(1))] == [SinkSilent]
     queue.close()
     assert time.monotonic() - started < 5
+
+
+class OfNoQueue(ScriptedServer):
+    """Gives every request the same answer."""
+
+    def __init__(self, status: str, body: bytes) -> None:
+        self._answer = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(body), body)
+        super().__init__()
+
+    def script_of(self, head: bytes) -> bytes:
+        return self._answer
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"<html>Log in</html>", b"[]", b'{"Failed":[{"Code":"x"}]}', b"\xe9"])
+def test_a_page_in_place_of_a_queue_has_taken_no_message(queues: Any, body: bytes) -> None:
+    """Behind a proxy that answers 200, events counted as delivered that no queue had."""
+    with closing(OfNoQueue("200 OK", body)) as page, closing(Sqs(f"http://127.0.0.1:{page.port}/queue")) as sink:
+        assert [type(outcome) for outcome in sink.send(messages(2))] == [SinkUnavailable] * 2
+        with pytest.raises(SinkUnavailable):
+            sink.check()
+
+
+def test_an_error_code_of_a_queue_is_made_safe_to_store(queues: Any) -> None:
+    body = json.dumps({"__type": "sqs#Bad\0\x1b[31m" + "x" * 1_000}).encode()
+    with closing(OfNoQueue("400 Bad Request", body)) as queue:
+        with closing(Sqs(f"http://127.0.0.1:{queue.port}/queue")) as sink:
+            (outcome,) = sink.send(messages(1))
+    assert str(outcome).isprintable() and len(str(outcome)) < 100
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------
