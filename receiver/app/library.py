@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -107,7 +108,9 @@ class Fact:
 
 
 class Receiver:
-    """Access to the receiver. Threads may share it. Close it, or use it in a `with`."""
+    """Access to the receiver. Threads may share it. Close it, or use it in a `with`: otherwise it keeps its connections
+    until Python removes it.
+    """
 
     def __init__(self, **settings: Any) -> None:
         """`settings`: those that differ from the environment, in lower case and without the prefix `RECEIVER_`.
@@ -116,6 +119,7 @@ class Receiver:
         call `DatabaseUnavailable`. All of them can be imported from `receiver`.
         """
         self._parts = Parts(config.load(**settings))
+        weakref.finalize(self, self._parts.close).atexit = False  # a thread of the parts would keep them
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)
 
     def submit(self, request: Mapping[str, Any], *, external_task_id: str | None = None) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gc
 import os
 import pickle
 import re
@@ -34,6 +35,17 @@ def test_errors_pass_from_a_process_of_a_pool_to_its_caller() -> None:
     for error in [*errors, DatabaseUnavailable("down", after=1)]:
         again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
         assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_a_receiver_that_no_one_closes_ends_with_its_last_reference(tmp_path: Path) -> None:
+    """Each call of a function that made one kept a thread and two connections of PostgreSQL."""
+    receiver = Receiver(database_url=f"sqlite:///{tmp_path / 'receiver.db'}", s3_bucket="pictures")
+    receiver._parts.database.write_in_group(lambda _: None)
+    thread = receiver._parts.database._group_writer._thread
+    assert thread is not None and thread.is_alive()
+    del receiver
+    gc.collect()
+    assert not thread.is_alive()
 
 
 def test_a_program_without_settings_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
