@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from receiver.app import process
 from receiver.app.wiring import Parts
-from receiver.base import config
+from receiver.base import config, telemetry
 from receiver.events.cloudevents import event_id
 from receiver.tasks import task_view
 from storage.rows import events
@@ -118,7 +118,9 @@ class Receiver:
         Raises `SettingsInvalid` (one line per fault), `SchemaBehind` (the message says what to run), and like every
         call `DatabaseUnavailable`. All of them can be imported from `receiver`.
         """
-        self._parts = Parts(config.load(**settings))
+        found = config.load(**settings)
+        telemetry.configure(found.log_level, found.log_format, is_library=True)
+        self._parts = Parts(found)
         weakref.finalize(self, self._parts.close).atexit = False  # a thread of the parts would keep them
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)
 

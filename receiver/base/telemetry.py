@@ -12,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal, TextIO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -241,6 +241,12 @@ class LogStream:
         else:
             self.dropped = 0
 
+    def msg(self, line: str) -> None:
+        self.write(line + "\n")
+
+    # It is the logger that structlog calls. Structlog's own has a lock, on which a forked child could wait for ever.
+    debug = info = warning = error = critical = msg
+
     def flush(self) -> None:
         """Nothing to do: a line is written or waits for the thread. See `drain`."""
 
@@ -329,8 +335,16 @@ def _is_event_loop() -> bool:
     return True
 
 
-def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:
-    """Send structured logs to standard error. `auto`: readable lines on a terminal, otherwise JSON."""
+def configure(
+    level: str = "info", output: Literal["auto", "console", "json"] = "auto", *, is_library: bool = False
+) -> None:
+    """Send structured logs to standard error. `auto`: readable lines on a terminal, otherwise JSON.
+
+    `is_library`: leave the standard library's log to the program, and all of it if the program has set up structlog.
+    Without a set-up structlog prints on standard output, with the local variables of a traceback.
+    """
+    if is_library and structlog.is_configured():
+        return
     console = output == "console" or (output == "auto" and sys.stderr.isatty())
     stream = LogStream(sys.stderr)
 
@@ -354,9 +368,11 @@ def configure(level: str = "info", output: Literal["auto", "console", "json"] = 
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, stream)),
+        logger_factory=lambda *_: stream,
         cache_logger_on_first_use=True,
     )
+    if is_library:
+        return
     handler = LogHandler(stream)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

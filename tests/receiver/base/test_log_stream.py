@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import select
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+import structlog
 
+from receiver.base import telemetry
 from receiver.base.telemetry import LogHandler, LogStream
 from tests.harness import wait_until
 
@@ -181,6 +184,29 @@ def test_reader_that_stopped_reading_does_not_stop_the_end(
     log.write("waits\n")
     LogHandler(log).close()
     assert lines_in(pipe[0], 1) == ["waits"]
+
+
+def test_no_lock_is_around_the_stream() -> None:
+    """A child that was forked while another thread wrote a line waited for ever for structlog's lock."""
+    telemetry.configure("info", "json")
+    logger = structlog.get_logger().bind()._logger
+    assert isinstance(logger, LogStream)
+
+
+def test_a_program_that_uses_the_library_has_its_own_output_and_log(capfd: pytest.CaptureFixture[str]) -> None:
+    handlers = list(logging.getLogger().handlers)
+    telemetry.configure("info", "json", is_library=True)
+    structlog.get_logger().info("task.finished", url="https://user:pass-word@host/?token=1")
+    out, err = capfd.readouterr()
+    assert (out, logging.getLogger().handlers) == ("", handlers)
+    assert "task.finished" in err and "pass-word" not in err
+
+
+def test_a_program_that_has_set_up_structlog_gets_the_lines_there() -> None:
+    structlog.configure()
+    its = structlog.get_config()
+    telemetry.configure("info", "json", is_library=True)
+    assert structlog.get_config() == its
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
