@@ -7,8 +7,15 @@ tasks took another's id at the provider. A lock that another thread held at the 
 from __future__ import annotations
 
 import os
+import threading
+import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
+
+# How long a fork waits for other threads. A transaction takes some milliseconds.
+WAIT_SECONDS = 5.0
 
 
 class Forkable(Protocol):
@@ -17,6 +24,8 @@ class Forkable(Protocol):
 
 
 _made = weakref.WeakSet[Forkable]()
+_forking = threading.Lock()
+_inside = dict[int, int]()  # how many `unforked` blocks a thread is in
 
 
 def renew_in_children(made: Forkable) -> None:
@@ -24,9 +33,44 @@ def renew_in_children(made: Forkable) -> None:
     _made.add(made)
 
 
+@contextmanager
+def unforked() -> Iterator[None]:
+    """Enclose what no other thread may fork in, for example the use of a library with locks of its own.
+
+    A fork waits for the end of these blocks, at most `WAIT_SECONDS`, and lets none begin meanwhile.
+    """
+    me = threading.get_ident()
+    while True:
+        depth = _inside.get(me, 0)
+        _inside[me] = depth + 1
+        if depth or not _forking.locked():
+            break
+        del _inside[me]
+        with _forking:
+            pass
+    try:
+        yield
+    finally:
+        if depth:
+            _inside[me] = depth
+        else:
+            del _inside[me]
+
+
+def _before() -> None:
+    _forking.acquire()
+    end = time.monotonic() + WAIT_SECONDS
+    while _inside.keys() - {threading.get_ident()} and time.monotonic() < end:
+        time.sleep(0.0005)
+
+
 def _begin_in_child() -> None:
+    global _forking
+    _forking = threading.Lock()
+    for thread in _inside.keys() - {threading.get_ident()}:
+        del _inside[thread]
     for made in list(_made):
         made.begin_in_child()
 
 
-os.register_at_fork(after_in_child=_begin_in_child)
+os.register_at_fork(before=_before, after_in_parent=_forking.release, after_in_child=_begin_in_child)

@@ -122,6 +122,7 @@ class Receiver:
         telemetry.configure(found.log_level, found.log_format, is_library=True)
         self._parts = Parts(found)
         weakref.finalize(self, self._parts.close).atexit = False  # a thread of the parts would keep them
+        self._parts.database.keep_forks_out()
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)
 
     def submit(self, request: Mapping[str, Any], *, external_task_id: str | None = None) -> Result:

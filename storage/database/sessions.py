@@ -171,6 +171,22 @@ class Database:
             if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
                 connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1_000)}")
 
+    def keep_forks_out(self) -> None:
+        """Let this process fork while no thread of it uses SQLite. For the library, whose program may fork at any time.
+
+        SQLite's own locks would stay taken in the child. It then waited for ever inside its turn, and so did every
+        writer of the file.
+        """
+        is_open = self._unavailable
+
+        @contextmanager
+        def unforked() -> Iterator[None]:
+            with forks.unforked(), is_open():
+                yield
+
+        if self.is_sqlite:
+            self._unavailable = unforked  # type: ignore[method-assign]
+
     def _make_group_writer(self) -> None:
         begin = "BEGIN IMMEDIATE" if self.is_sqlite else BEGIN_GROUP
         self._group_session = KeptSession(self._autocommit_writer, begin)

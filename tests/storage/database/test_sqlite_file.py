@@ -7,7 +7,10 @@ import multiprocessing
 import os
 import shutil
 import struct
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
@@ -156,6 +159,29 @@ def test_a_child_of_a_process_that_has_it_open_keeps_no_other_out(own: Database,
     finally:
         child.kill()
         child.join()
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_waits_until_no_other_thread_uses_sqlite(own: Database) -> None:
+    """A child inherited a lock of SQLite. It waited for ever inside its turn, and so did every writer of the file."""
+    own.keep_forks_out()
+    inside, ended = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with own.read(), own.read():
+            inside.set()
+            time.sleep(0.3)
+            ended.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(read)
+        assert inside.wait(10)
+        with own.read():  # its own reads do not hold a fork up
+            child = os.fork()
+        if not child:
+            os._exit(0 if ended.is_set() else 1)
+        assert os.waitpid(child, 0) == (child, 0)
+        assert pool.submit(own.now).result(10)  # the gate is open again
 
 
 def lock_all_bytes(file: TextIO, operation: int) -> None:
