@@ -202,12 +202,10 @@ def _end(session: Session, row: Dispatch, state: DispatchState, error: str | Non
         _advance(session, row.sink, [row.task_id])
 
 
-def _advance(session: Session, sink: str, task_ids: Collection[uuid.UUID]) -> None:
-    """Make the first open dispatch of each of these tasks due, unless it is due or claimed."""
-    first = select(func.min(Dispatch.id)).where(
-        IS_OPEN, col(Dispatch.sink) == sink, col(Dispatch.task_id).in_(task_ids)
-    )
-    first = first.group_by(col(Dispatch.task_id))
+def _advance(session: Session, sink: str, task_ids: Collection[uuid.UUID] | None) -> None:
+    """Make the first open dispatch of each of these tasks due, None: of all, unless it is due or claimed."""
+    first = select(func.min(Dispatch.id)).where(IS_OPEN, col(Dispatch.sink) == sink).group_by(col(Dispatch.task_id))
+    first = first.where(col(Dispatch.task_id).is_not(None) if task_ids is None else col(Dispatch.task_id).in_(task_ids))
     waiting = update(Dispatch).where(col(Dispatch.id).in_(first), col(Dispatch.due_at).is_(None))
     run(session, waiting.values(claims.due()))
 
@@ -234,16 +232,20 @@ def end_disabled(database: Database) -> int:
             values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.NOT_DUE}
             given_up = update(Dispatch).where(col(Dispatch.id).in_(some))
             given_up = given_up.values(**values, error=reason[:MAX_ERROR_CHARS])
-            with database.write() as session:
-                ended = run(session, given_up).rowcount
+            with database.write() as session:  # the row is locked: it may have been enabled meanwhile
+                is_disabled = session.execute(_DISABLED.where(_SINKS.name == sink).with_for_update()).first()
+                ended = run(session, given_up).rowcount if is_disabled else 0
             count += ended
     return count
 
 
 def enable(session: Session, sink: str) -> bool:
-    """Queue events for this sink from now on. Returns whether it was disabled."""
+    """Queue events for this sink from now on, and send those not yet given up. Returns whether it was disabled."""
     chosen = update(Sink).where(col(Sink.name) == sink, col(Sink.disabled_at).is_not(None))
-    return bool(run(session, chosen.values(disabled_at=None, reason=None)).rowcount)
+    was_disabled = run(session, chosen.values(disabled_at=None, reason=None)).rowcount > 0
+    if was_disabled:
+        _advance(session, sink, None)
+    return was_disabled
 
 
 def disabled(session: Session) -> dict[str, str]:

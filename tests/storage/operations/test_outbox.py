@@ -291,6 +291,37 @@ def test_disabled_sink_gets_no_events_until_it_is_enabled(database: Database) ->
     assert names_of(database, claim(database)) == ["task.archived"]
 
 
+def disabled_with_events(database: Database) -> Task:
+    """A task with two events for a sink that was disabled just now."""
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
+    outbox.sequence_all(database, [HOOK])
+    with database.write() as session:
+        outbox.disable(session, "hook", "answered 410")
+    return task
+
+
+def test_sink_that_is_enabled_before_all_its_events_are_given_up_gets_the_others(database: Database) -> None:
+    disabled_with_events(database)
+    with database.write() as session:  # a worker that died between two transactions of `end_disabled`
+        first = update(Dispatch).where(col(Dispatch.id) == queue(database)[0].id)
+        session.execute(first.values(state=DispatchState.DEAD, **claims.NOT_DUE))
+    with database.write() as session:
+        outbox.enable(session, "hook")
+    assert names_of(database, claim(database)) == ["task.processing"]
+
+
+def test_events_of_a_sink_that_is_enabled_meanwhile_are_not_given_up(database: Database) -> None:
+    disabled_with_events(database)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            outbox.enable(session, "hook")
+            other = pool.submit(outbox.end_disabled, database)
+            wait_until_blocked(database, other)
+        assert other.result(10) == 0
+    assert names_of(database, claim(database)) == ["task.submitted"]
+
+
 def given_up(database: Database, *names: EventName) -> list[Dispatch]:
     """The dead dispatches of a task with these events."""
     tell(database, task_in(database), *names)
