@@ -25,6 +25,8 @@ SPOOL_PREFIX = "receiver-spool-"
 # Far longer than a fetch and the put after it may take. A spool file this old belongs to a crashed process.
 SPOOL_STALE_HOURS = 24.0
 BLOCK_BYTES = 256 * 1024
+# Where Python finds the system's temporary folder first.
+TEMPORARY = ("TMPDIR", "TEMP", "TMP")
 # The beginnings of the messages of `SpoolUnavailable` and `DiskFull`, by which stored errors are recognised.
 MESSAGES = ("RECEIVER_SPOOL_DIR: ", "the disk of the spool folder ")
 
@@ -129,11 +131,19 @@ def _on_disk(directory: Path | None) -> IO[bytes]:
         raise SpoolUnavailable(f"{words}: choose a folder that this user may write, with enough room") from error
 
 
-def room(directory: Path | None) -> int:
-    """Bytes that a spool may use in `directory`. Raises `SpoolUnavailable`."""
-    with _on_disk(directory) as file:
-        free = os.fstatvfs(file.fileno())
-    return free.f_bavail * free.f_frsize
+def room(directory: Path | None) -> tuple[Path, int]:
+    """The folder of spools, and the bytes that a spool may use there. Raises `SpoolUnavailable`.
+
+    Python takes another temporary folder while the disk of the first is full. Workers that run already do not.
+    """
+    with _on_disk(directory):
+        pass
+    first = next((found for name in TEMPORARY if (found := os.environ.get(name))), "/tmp")  # noqa: S108 - only looked at
+    folder = directory or Path(first)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        folder = Path(tempfile.gettempdir())
+    free = os.statvfs(folder)
+    return folder, free.f_bavail * free.f_frsize
 
 
 def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> BinaryIO:

@@ -179,12 +179,13 @@ def files(parts: Parts) -> Iterator[Result]:
 def spooling(settings: config.Settings) -> Iterator[Result]:
     """Check that the spool folder has room for a download that does not fit into memory."""
     try:
-        free = room(settings.spool_dir)
+        folder, free = room(settings.spool_dir)
     except SpoolUnavailable as error:
         yield Result("spool", Status.FAULT, str(error), "files over 4 MiB are archived once it is mended")
         return
     if free < settings.max_asset_bytes:
-        line = f"{free / 2**20:,.0f} MiB are free, and one file may have {settings.max_asset_bytes / 2**20:,.0f}"
+        most = settings.max_asset_bytes / 2**20
+        line = f"{folder} has {free / 2**20:,.0f} MiB free, and one file may have {most:,.0f}"
         yield Result("spool", Status.NOTE, line, "free space there, or set RECEIVER_SPOOL_DIR to a larger disk")
 
 

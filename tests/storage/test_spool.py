@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -65,4 +66,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         file.write(b"long")
     with pytest.raises(SpoolUnavailable):
         room(tmp_path / "no")
-    assert room(tmp_path) > 0
+    assert room(tmp_path)[1] > 0
+
+
+def test_room_is_that_of_the_temporary_folder_which_python_leaves_when_its_disk_is_full(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "full"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # as in a process that was started since
+    assert room(None)[0] == tmp_path / "full"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    assert room(None)[0] == tmp_path
