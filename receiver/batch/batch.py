@@ -127,6 +127,8 @@ class Batches:
         after each transaction with the number of lines that have a row. Raises `BatchInvalid` if another process took
         an id meanwhile.
         """
+        if not (plan.new or plan.moved):
+            return 0
         with self._database.write() as session:
             batch = batches.make(session, plan.name)
         done = new = 0
@@ -134,9 +136,12 @@ class Batches:
             with self._database.write() as session:
                 batches.place(session, batch.id, moved)
         for chunk in _chunks(plan.new):
-            with self._database.write() as session:
-                new += self._put(session, batch, chunk)
-                self._database.wake(session)
+            try:
+                with self._database.write() as session:
+                    new += self._put(session, batch, chunk)
+                    self._database.wake(session)
+            except BatchInvalid as error:
+                raise BatchInvalid(error.faults, inserted=done) from None
             done += len(chunk)
             progress(done)
         return new

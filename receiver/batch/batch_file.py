@@ -54,10 +54,14 @@ class Fault(NamedTuple):
 
 
 class BatchInvalid(ValueError):
-    """The file cannot be submitted. `faults`: in the order of the lines, some MAX_FAULTS at most. Nothing was sent."""
+    """The file cannot be submitted. `faults`: in the order of the lines, some MAX_FAULTS at most.
 
-    def __init__(self, faults: Iterable[Fault]) -> None:
+    `inserted`: lines that have a row all the same, because another process took an id behind them meanwhile.
+    """
+
+    def __init__(self, faults: Iterable[Fault], *, inserted: int = 0) -> None:
         self.faults = sorted(faults, key=lambda fault: fault.line)
+        self.inserted = inserted
         super().__init__("\n".join(f"line {line}: {text}" if line else text for line, text in self.faults))
 
 

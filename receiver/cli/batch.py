@@ -104,8 +104,7 @@ def _submit_again(parts: Parts, name: str, new_name: str, *, dry_run: bool, as_j
         elif dry_run:
             _show_estimate(parts, plan, plan.new, None, as_json=as_json)
         else:
-            _put(parts, plan)
-            _show_put(parts, plan, as_json=as_json)
+            _show_put(parts, plan, _put(parts, plan), as_json=as_json)
     except BatchInvalid as error:
         _show_faults(new_name, error, as_json=as_json)
         raise typer.Exit(1) from None
@@ -167,7 +166,7 @@ def submit(
             if dry_run:
                 _show_estimate(parts, plan, lines, prices, as_json=as_json)
                 return
-            _put(parts, plan)
+            new = _put(parts, plan)
             name = plan.name
         except BatchInvalid as error:
             _show_faults(file, error, as_json=as_json)
@@ -182,7 +181,7 @@ def submit(
             counts = _watch(parts, name, report)
             _show(parts, name, counts, as_json=as_json)
         else:
-            _show_put(parts, plan, as_json=as_json)
+            _show_put(parts, plan, new, as_json=as_json)
 
 
 def _check_report(path: Path, file: str) -> None:
@@ -259,12 +258,13 @@ def _read(
     return Plan(name, new=lines), lines
 
 
-def _put(parts: Parts, plan: Plan) -> None:
+def _put(parts: Parts, plan: Plan) -> int:
+    """Insert the rows. Returns how many were new, because another command may insert the same file's meanwhile."""
     from rich.console import Console
 
     with Console(stderr=True).status(cell(f"{plan.name}: putting in")) as status:
         total = len(plan.new)
-        _batches(parts).put(plan, lambda done: status.update(cell(f"{plan.name}: {done:,} of {total:,} put in")))
+        return _batches(parts).put(plan, lambda done: status.update(cell(f"{plan.name}: {done:,} of {total:,} put in")))
 
 
 def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
@@ -321,16 +321,17 @@ def _show(parts: Parts, name: str, counts: Counts, *, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
+def _show_put(parts: Parts, plan: Plan, new: int, *, as_json: bool) -> None:
     from receiver.cli import show
     from storage.operations import heartbeats
 
     alive = heartbeats.count_alive(parts.database)
-    found = {"batch": plan.name, "new": len(plan.new), "known": plan.known, "left_over": plan.left_over}
+    known = plan.known + len(plan.new) - new
+    found = {"batch": plan.name, "new": new, "known": known, "left_over": plan.left_over}
     if as_json:
         say_json({**found, "workers": alive})
     else:
-        say(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; {_next(plan.name)}")
+        say(f"{plan.name}: {new:,} new, {known:,} submitted before; {_next(plan.name)}")
     if plan.left_over:
         say(f"not in the file: {counted(plan.left_over, 'task')} of this batch, which go on all the same", err=True)
     say(*show.pausing(parts), err=True)
@@ -375,10 +376,16 @@ def _cost(found: Estimate) -> str:
 
 def _show_faults(file: str, error: BatchInvalid, *, as_json: bool) -> None:
     if as_json:
-        say_json({"ok": False, "faults": [fault._asdict() for fault in error.faults]})
+        faults = [fault._asdict() for fault in error.faults]
+        say_json({"ok": False, "inserted": error.inserted, "faults": faults})
         return
     for fault in error.faults[:MAX_SHOWN]:
         say(f"{file}:{fault.line}: {fault.text}", err=True)
     if len(error.faults) > MAX_SHOWN:
         say(f"… and {len(error.faults) - MAX_SHOWN:,} more; --json shows all", err=True)
-    say(f"{counted(len(error.faults), 'fault')}; nothing was sent", err=True)
+    sent = (
+        f"{counted(error.inserted, 'line was', 'lines were')} put in before and will be sent"
+        if error.inserted
+        else "nothing was sent"
+    )
+    say(f"{counted(len(error.faults), 'fault')}; {sent}", err=True)

@@ -490,6 +490,13 @@ def test_task_whose_input_picture_is_not_stored_cannot_be_sent_again(
     assert (done.code, "pictures were not kept" in done.err, len(rows(parts))) == (1, True, 1)
 
 
+@ONE_DATABASE
+def test_a_retry_that_finds_nothing_makes_no_batch(command: Command, parts: Parts) -> None:
+    put(parts, *LINES)
+    assert command("batch", "retry", "night", "--as", "again", "--json").json["new"] == 0
+    assert [each["batch"] for each in command("batch", "list", "--json").json] == ["night"]
+
+
 # -- progress ---------------------------------------------------------------------------------------------------------
 
 
@@ -540,6 +547,46 @@ def test_thirty_faults_are_all_listed_and_nothing_is_sent(command: Command, part
     told = command("submit", "--batch", "night.jsonl", "--json").json
     assert len(told["faults"]) == len(FAULTS)
     assert (rows(parts), sandbox.ledger().creates) == ([], ())
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Plan], object]], None]:
+    """Runs something between a command's check of its file and its first row."""
+
+    def run_before(act: Callable[[Plan], object]) -> None:
+        whole = Batches.put
+
+        def late(self: Batches, plan: Plan, progress: Callable[[int], None]) -> int:
+            monkeypatch.setattr(Batches, "put", whole)
+            act(plan)
+            return whole(self, plan, progress)
+
+        monkeypatch.setattr(Batches, "put", late)
+
+    return run_before
+
+
+@ONE_DATABASE
+def test_lines_that_were_put_in_before_a_fault_are_told(
+    command: Command, parts: Parts, meanwhile: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("receiver.batch.batch.CHUNK", 2)
+    Path("night.jsonl").write_bytes(jsonl(*LINES[:3], {**GOOD, "external_task_id": "mine"}))
+    meanwhile(lambda _: parts.submitter.submit({**GOOD, "n": 2}, external_task_id="mine"))
+    done = command("submit", "--batch", "night.jsonl")
+    assert (done.code, of(parts).counts("night").total) == (1, 2)
+    assert "1 fault; 2 lines were put in before and will be sent" in done.err and "nothing was sent" not in done.err
+    assert command("submit", "--batch", "night.jsonl", "--json").json["inserted"] == 0
+
+
+@ONE_DATABASE
+def test_lines_that_another_command_put_in_meanwhile_do_not_count_as_new(
+    command: Command, parts: Parts, meanwhile: Callable[..., None]
+) -> None:
+    Path("night.jsonl").write_bytes(jsonl(*LINES))
+    meanwhile(of(parts).put)
+    told = command("submit", "--batch", "night.jsonl", "--json").json
+    assert (told["new"], told["known"], len(rows(parts))) == (0, len(LINES), len(LINES))
 
 
 @ONE_DATABASE
