@@ -237,6 +237,11 @@ class Batches:
                 except RequestInvalid:
                     left[task.external_task_id] = NOT_KEPT
                     continue
+                try:
+                    self._submitter.check_slots(request)
+                except RequestInvalid as error:
+                    left[task.external_task_id] = str(error)
+                    continue
                 digest = request.canonical_hash()
                 new_id = batch_file.made_id(new_name, digest, equal)
                 lines.append(Line(task.batch_line or 0, new_id, request, digest))

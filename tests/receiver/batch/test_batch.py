@@ -491,6 +491,21 @@ def test_task_whose_input_picture_is_not_stored_cannot_be_sent_again(
 
 
 @ONE_DATABASE
+def test_a_line_that_no_longer_fits_the_slots_keeps_no_other_from_being_sent_again(
+    command: Command, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("receiver.batch.batch.CHUNK", 1)
+    sandbox.set(fail_rate=1)
+    put(parts, LINES[0], {**LINES[1], "n": 3}, LINES[2])
+    finish(parts)
+    monkeypatch.setenv("RECEIVER_KLING_SLOTS", "2")
+    for words, says in ((("--dry-run",), "2 new"), ((), "2 new"), ((), "0 new, 2 submitted before")):
+        done = command("batch", "retry", "night", "--as", "again", *words)
+        assert (done.code, says in done.out, "the account has 2 slots" in done.err) == (1, True, True)
+    assert of(parts).counts("again").total == 2
+
+
+@ONE_DATABASE
 def test_a_retry_that_finds_nothing_makes_no_batch(command: Command, parts: Parts) -> None:
     put(parts, *LINES)
     assert command("batch", "retry", "night", "--as", "again", "--json").json["new"] == 0
