@@ -11,15 +11,18 @@ from sqlmodel import select
 
 from receiver.app.wiring import Parts
 from receiver.cli.audit_log import AuditLog
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.archive import folders
 from storage.archive.audit import Audit, Counts, Finding, FindingKind
 from storage.archive.repair import FETCHED_AGAIN, WRITTEN_AGAIN, Repairer
+from storage.bucket.bucket import Bucket
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
-from tests.pipeline import assets_of, insert_row, kept, task_of
+from tests.fault_proxy import Answer, FaultProxy
+from tests.pipeline import Wired, assets_of, insert_row, kept, task_of
 from tests.rows import new_asset
 
 # What the audit asks the database is tested on both, what it finds in the bucket on one.
@@ -181,6 +184,30 @@ def test_repair_never_removes_an_object_that_matches_its_row(parts: Parts) -> No
     (asset,) = all_assets(parts)
     lie = Finding(FindingKind.CHECKSUM, str(asset.key), None, "", asset.id)
     assert repair(parts, [lie]) == ["left alone: it matched its row when it was read again"]
+    assert audit(parts, deep=True)[1] == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [Answer(200, {}, b"<html>Log in</html>"), Answer(206, {"content-range": "bytes 0-9/999"}, b"half of it")],
+    ids=["page", "part"],
+)
+def test_repair_removes_no_object_that_was_read_wrongly(parts: Parts, seaweed: Seaweed, answer: Answer) -> None:
+    """A proxy answers reads with a page or a part of an object. What the store has is right."""
+    archive(parts, 1)
+    (asset,) = all_assets(parts)
+    with FaultProxy(seaweed) as proxy:
+        bucket = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+        assert bucket.capabilities().believed
+        proxy.fault = lambda request, forward: (
+            answer if request.method == "GET" and str(asset.key) in request.path else forward(request)
+        )
+        behind = Wired(parts.settings, bucket=bucket)
+        (finding,) = audit(behind, deep=True)[1]
+        said = Repairer(behind.database, bucket, behind.schedule).repair(finding)
+        behind.close()
+    assert said.startswith("left alone: the store")
+    assert parts.bucket.sha256(str(asset.key)) == asset.sha256
     assert audit(parts, deep=True)[1] == []
 
 
