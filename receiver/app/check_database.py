@@ -28,6 +28,22 @@ def missing_file(parts: Parts) -> Result | None:
     return _no_schema(parts, f"{file} does not exist yet")
 
 
+def variables(parts: Parts) -> Iterator[Result]:
+    """Check for PostgreSQL's own variables, with which its library fills what the URL leaves out."""
+    if parts.database.is_sqlite:
+        return
+    from psycopg import pq
+
+    url = parts.database.url
+    given = {"host": url.host, "port": url.port, "user": url.username, "password": url.password, "dbname": url.database}
+    said = {*(name for name, value in given.items() if value), *url.query}
+    unsaid = (option.envvar.decode() for option in pq.Conninfo.get_defaults()
+              if option.envvar and option.keyword.decode() not in said)  # fmt: skip
+    if names := sorted(name for name in unsaid if os.environ.get(name)):
+        line = f"{', '.join(names)} of the environment: used, because RECEIVER_DATABASE_URL does not say it"
+        yield Result("database: environment", Status.NOTE, line, "unset what is meant for another program")
+
+
 def _no_schema(parts: Parts, line: str) -> Result:
     if parts.settings.migrates_on_start:
         return Result("database", Status.NOTE, line, "`receiver serve` makes it")

@@ -191,6 +191,7 @@ def spooling(settings: config.Settings) -> Iterator[Result]:
 
 def database(parts: Parts) -> Iterator[Result]:
     """Check that the database answers, accepts writes and has our schema, and then what its rows show."""
+    yield from check_database.variables(parts)
     try:
         database_faults.check_file(parts.database)
         schema = check_database.missing_file(parts) or check_database.schema(parts)

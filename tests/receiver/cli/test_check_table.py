@@ -202,6 +202,14 @@ def test_database_that_is_down_is_named_with_the_remedy(receiver: CommandLine) -
     assert says.endswith("check that it runs there and can be reached, or correct RECEIVER_DATABASE_URL")
 
 
+def test_variables_of_postgresql_that_count_are_named(receiver: CommandLine, postgres: Postgres) -> None:
+    said = {"PGHOST": "192.0.2.1", "PGCONNECT_TIMEOUT": "9"}
+    url = f"{postgres.url()}?connect_timeout=5"
+    done = receiver("check", RECEIVER_DATABASE_URL=url, PGSSLMODE="require", PGOPTIONS="-c nothing=1", **said)
+    only_fault(done)
+    assert "PGOPTIONS, PGSSLMODE of the environment: used, because RECEIVER_DATABASE_URL does not say it" in done.out
+
+
 def test_missing_database_is_named_with_the_remedy(receiver: CommandLine, postgres: Postgres) -> None:
     says = only_fault(receiver("check", RECEIVER_DATABASE_URL=postgres.url("nope")))
     assert 'database "nope" does not exist): correct RECEIVER_DATABASE_URL, or let the server\'s owner make' in says
