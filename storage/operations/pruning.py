@@ -154,4 +154,7 @@ def _prune_rows(session: Session, kind: Prunable, ids: Sequence[Any]) -> int:
     if model is Callback:
         return delete_callbacks(session, (col(Callback.id).in_(ids), kind.old))
     statement: Any = delete(model) if kind.values is None else update(model).values(**kind.values)
-    return run(session, statement.where(model.id.in_(ids), kind.old)).rowcount
+    changed = run(session, statement.where(model.id.in_(ids), kind.old).returning(model.id)).scalars().all()
+    if model is Event:  # dispatches that were sent since theirs were pruned: without its event none is found again
+        run(session, delete(Dispatch).where(col(Dispatch.event_id).in_(changed)))
+    return len(changed)

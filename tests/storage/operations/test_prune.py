@@ -171,6 +171,24 @@ def test_prune_keeps_an_undelivered_event(
     assert (counts["dispatches"], counts["events"]) == (gone - 1, gone)
 
 
+@pytest.mark.parametrize("state", [DispatchState.DELIVERED, DispatchState.DEAD])
+def test_an_event_that_is_sent_while_prune_runs_leaves_no_dispatch(database: Database, state: DispatchState) -> None:
+    """SQLite gives the numbers of removed rows again: a new event could not be queued beside such a dispatch."""
+    old(database)
+    dispatch(database, DispatchState.DUE)
+    before = database.now() - RETENTION
+    with database.read() as session:
+        kinds = {kind.name: kind for kind in pruning.prunable(session, before)}
+    assert pruning.prune(database, kinds["dispatches"], before) == 0
+    dispatch(database, state)
+    assert pruning.prune(database, kinds["events"], before) == 2
+    assert left(database)["dispatches"] == 0
+    with database.write() as session:
+        for _ in range(2):
+            record(session, EventName.TASK_ARCHIVED, None)
+    assert sequence_all(database, [ARCHIVED]) == 2
+
+
 def test_event_numbers_continue_after_prune(database: Database, operator: Operator) -> None:
     old(database)
     assert operator.prune(RETENTION).counts["events"] == 2
