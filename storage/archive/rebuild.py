@@ -19,7 +19,7 @@ from sqlalchemy import insert
 from sqlmodel import Session
 
 from storage.archive import manifest
-from storage.archive.folders import Objects, external_id_of, in_batches, manifest_number, object_folders
+from storage.archive.folders import Objects, external_id_of, folder_of, in_batches, manifest_number, object_folders
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.bucket.stored import Listed
@@ -110,6 +110,9 @@ class Rebuild:
         if not f"/{folder}".endswith("/" + task_folder("", task.created_at, task.external_task_id)):
             raise ValueError("it belongs to another folder")
         assets = [asset_from(task, described) for described in members["assets"]]
+        named = [key for asset in assets for key in (asset.key, *asset.superseded) if key]
+        if any(external_id_of(folder_of(each)) != task.external_task_id for each in named):
+            raise ValueError("it names files of another task")
         for asset in assets:
             if asset.state is AssetState.ARCHIVED and (fault := self._fault(asset, objects)):
                 asset.state, asset.error, asset.archived_at = AssetState.FAILED, f"rebuild: {fault}", None

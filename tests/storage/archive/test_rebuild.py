@@ -6,7 +6,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.archive import manifest
 from storage.archive.audit import Audit
+from storage.archive.delete import delete
 from storage.archive.rebuild import Problem, Rebuild, asset_from
 from storage.archive.repair import Repairer
+from storage.errors import NoSuchTask
 from storage.rows.models import Asset, Callback, Task, TaskAlias
 from storage.states import ArchiveState, AssetState, Step
 from tests.archived_tasks import REQUEST, all_assets, archive, flip, put, work_off
@@ -224,6 +226,23 @@ def test_manifest_in_another_folder_is_ignored(parts: Parts, empty: Parts) -> No
     counts, problems = rebuild(empty)
     assert counts["tasks"] == 1
     assert [problem.detail for problem in problems] == ["not readable: it belongs to another folder", "no manifest"]
+
+
+@pytest.mark.parametrize("field", ["key", "superseded"])
+def test_manifest_that_names_files_of_another_task_is_ignored(parts: Parts, empty: Parts, field: str) -> None:
+    """Who may add objects wrote it. The delete of its task removed the other task's objects."""
+    forged, other = archive(parts, 2)
+    members, key = json.loads(parts.bucket.read_bytes(str(forged.manifest_key), 2**20)), str(forged.manifest_key)
+    theirs = str(assets_of(parts, other)[0].key)
+    members["assets"][0][field] = theirs if field == "key" else [theirs]
+    put(parts, key, rfc8785.dumps(members | {"digest": manifest.digest_of(members)}))
+    before = {each for each in kept(parts) if other.external_task_id in each}
+    counts, problems = rebuild(empty)
+    with suppress(NoSuchTask):
+        delete(empty.database, empty.bucket, forged.external_task_id)
+    assert before <= kept(parts).keys()
+    assert counts["tasks"] == 1
+    assert [problem.detail for problem in problems] == ["not readable: it names files of another task", "no manifest"]
 
 
 def test_manifests_follow_their_schema_and_hold_no_secret(parts: Parts) -> None:
