@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from storage.archive.audit import Batch, Counts, Finding, FindingKind
+from storage.errors import UserError
 from storage.own_files import open_own
+
+# How a file of an audit begins, also one whose first line was cut by a crash.
+STARTS = (b'{"finding"', b'{"after"', b'{"ended"')
 
 
 class AuditLog:
     """One audit in one file. An audit that had ended starts again, as does a file without a checkpoint.
 
-    A crash may leave findings and half a line after the last checkpoint; they are cut off.
+    A crash may leave findings and half a line after the last checkpoint; they are cut off. Raises `UserError` for a
+    file of something else, which would be emptied.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,6 +42,8 @@ class AuditLog:
         if not self._path.exists():
             return end
         with os.fdopen(open_own(self._path, os.O_RDONLY), "rb") as file:
+            if not any(start.startswith(file.peek()[: len(start)]) for start in STARTS):
+                raise UserError(f"{self._path} is no file of an audit and was left as it is: name a new file")
             for line in iter(file.readline, b""):
                 entry = _entry(line)
                 if "ended" in entry:

@@ -17,6 +17,7 @@ from storage.archive import folders
 from storage.archive.audit import Audit, Counts, Finding, FindingKind
 from storage.archive.repair import FETCHED_AGAIN, WRITTEN_AGAIN, Repairer
 from storage.bucket.bucket import Bucket
+from storage.errors import UserError
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.archived_tasks import all_assets, archive, flip, put, work_off
@@ -260,6 +261,22 @@ def test_interrupted_audit_continues_at_its_checkpoint(
     assert (resumed.counts.folders, resumed.counts.hashed, resumed.counts.faults) == (4, 3, 1)
     resumed.end()
     assert (AuditLog(file).after, file.read_text()) == ("", "")
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b"SQLite format 3\0", b"\n", b'{"findings": [', b"{}\n"])
+def test_a_file_of_something_else_is_not_emptied(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="no file of an audit"):
+        AuditLog(file)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("cut", [0, 1, 12])
+def test_a_file_that_a_crash_cut_in_its_first_line_begins_again(tmp_path: Path, cut: int) -> None:
+    file = tmp_path / "audit.log"
+    file.write_bytes(b'{"finding": {"ki'[:cut])
+    assert (AuditLog(file).after, file.read_bytes()) == ("", b"")
 
 
 @pytest.fixture
