@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import insert
-from sqlmodel import Session
+from sqlalchemy import delete, insert, update
+from sqlmodel import Session, col
 
 from storage.archive import manifest
 from storage.archive.folders import Objects, external_id_of, folder_of, in_batches, manifest_number, object_folders
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.bucket.stored import Listed
-from storage.database.sessions import Database, insert_or_ignore
+from storage.database.sessions import Database, insert_or_ignore, run
 from storage.keys import task_folder
 from storage.rows import aliases, claims, tasks
 from storage.rows.deliveries import rematch
@@ -134,7 +134,7 @@ class Rebuild:
         return None if sha256 == asset.sha256 else f"its bytes hash to {sha256}, the manifest says {asset.sha256}"
 
     def _insert(self, session: Session, task: Task, found: _Found, restored: Restored) -> None:
-        if not insert_or_ignore(session, Task, task.model_dump()):
+        if not insert_or_ignore(session, Task, task.model_dump()) and not self._complete(session, found):
             there = tasks.by_external_id(session, task.external_task_id)
             if there is None or there.id != task.id:
                 restored.problems.append(Problem(str(task.manifest_key), task.external_task_id, "its id is taken"))
@@ -147,6 +147,21 @@ class Rebuild:
         rematch(session, task.id, task.provider, external_task_id=task.external_task_id)
         restored.counts["tasks"] += 1
         restored.counts["assets"] += sum(asset.state is AssetState.ARCHIVED for asset in found.assets)
+
+    def _complete(self, session: Session, found: _Found) -> bool:
+        """Give the row of an older backup, which never ended an archive, the archive in the bucket. Returns whether it
+        did. Otherwise its create would be sent again, or its files fetched, which the provider may have deleted.
+        """
+        task = found.task
+        assert task is not None
+        free = (col(Task.lease).is_(None), col(Task.manifest_key).is_(None), col(Task.deleted_at).is_(None))
+        if found.problems or task.archive is not ArchiveState.ARCHIVED:
+            return False
+        values = task.model_dump(exclude_unset=True) | claims.NOT_DUE | {"step": None, "slots": 0, "queued_at": None}
+        if not run(session, update(Task).where(col(Task.id) == task.id, *free).values(values)).rowcount:
+            return False
+        session.execute(delete(Asset).where(col(Asset.task_id) == task.id))
+        return True
 
 
 def task_from(members: Mapping[str, Any], key: str, listed: Listed) -> Task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -29,8 +30,8 @@ from storage.rows.models import Asset, Callback, Task, TaskAlias
 from storage.states import ArchiveState, AssetState, Step
 from tests.archived_tasks import REQUEST, all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
-from tests.pipeline import Wired, assets_of, kept, run, task_of
-from tests.rows import LONG_AGO
+from tests.pipeline import Wired, assets_of, insert_row, kept, run, task_of
+from tests.rows import LONG_AGO, new_asset
 
 # What a manifest says is tested on one database, how it becomes rows on both.
 pytestmark = pytest.mark.databases("sqlite")
@@ -109,6 +110,30 @@ def test_repair_of_what_an_older_backup_does_not_know_names_rebuild(parts: Parts
     repairer = Repairer(empty.database, empty.bucket, empty.schedule)
     assert len(found) == 2
     assert all("`receiver rebuild` restores a task" in repairer.repair(finding) for finding in found)
+
+
+@BOTH
+def test_rows_of_an_older_backup_get_the_archive_in_the_bucket(parts: Parts, empty: Parts, sandbox: Sandbox) -> None:
+    """A create that still waited in it was sent again, and files were fetched that the provider may have deleted."""
+    queued, read = archive(parts, 2)
+    batch_id = uuid.uuid4()
+    with empty.database.write() as session:
+        known = {"id", "external_task_id", "request", "request_hash", "created_at"}
+        waiting = {"step": Step.CREATE, "slots": -1, "queued_at": LONG_AGO, "batch_id": batch_id}
+        session.add(Task(**queued.model_dump(include=known), **waiting, provider="kling"))
+    due = insert_row(empty, **read.model_dump(include=known), provider_task_id=read.provider_task_id)
+    with empty.database.write() as session:
+        new_asset(session, due, 0)
+    counts, problems = rebuild(empty)
+    assert (counts["tasks"], counts["assets"], problems) == (2, 2, [])
+    work_off(empty)
+    for before in (queued, read):
+        task = task_of(empty, before.external_task_id)
+        assert (task.id, task.archive, task.step, task.slots) == (before.id, ArchiveState.ARCHIVED, None, 0)
+    assert task_of(empty, queued.external_task_id).batch_id == batch_id
+    assert len(sandbox.ledger().creates) == 2
+    (audited,) = [batch.counts for batch in Audit(empty.database, empty.bucket, deep=True).run()]
+    assert (audited.hashed, audited.faults) == (2, 0)
 
 
 def test_old_callback_urls_and_work_continue_after_rebuild(parts: Parts, empty: Parts) -> None:
