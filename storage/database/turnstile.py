@@ -21,6 +21,9 @@ log = structlog.get_logger()
 
 # How long a writer waits for SQLite's own lock. The turnstile orders our own writers, so this concerns other programs.
 SQLITE_BUSY_SECONDS = 30
+# The longest wait for the last transaction at the end of a process. A thread that waits for another process's lock ends
+# with its own.
+CLOSE_SECONDS = 5.0
 
 
 def who_holds(path: Path) -> str:
@@ -205,12 +208,12 @@ class Turnstile:
         )
 
     def close(self) -> None:
-        """Wait until no thread is inside, and let none in meanwhile."""
+        """Wait until no thread is inside, at most `CLOSE_SECONDS`, and let none in meanwhile."""
         with self._changed:
             self._is_closing = True
             try:
-                self._changed.wait_for(lambda: not self._inside)
-                if self._file is not None:
+                is_empty = self._changed.wait_for(lambda: not self._inside, CLOSE_SECONDS)
+                if self._file is not None and is_empty:
                     self._file.close()
                     self._file = None
             finally:

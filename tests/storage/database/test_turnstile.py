@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sqlmodel import func, select
 
+from storage.database import turnstile as turnstiles
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.rows import group_commit
@@ -147,3 +148,22 @@ def test_a_turnstile_is_closed_once_the_last_thread_has_left(turnstile: Turnstil
             wait_until(lambda: turnstile._is_closing)
             assert not closed.done()
         closed.result(SECONDS)
+
+
+def test_closing_does_not_wait_for_a_process_that_keeps_the_lock(
+    turnstile: Turnstile, other_process: Turnstile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A receiver that was stopped in a transaction held up the end of all others until they were killed."""
+    monkeypatch.setattr(turnstiles, "CLOSE_SECONDS", 0.1)
+
+    def write() -> None:
+        with turnstile.turn():
+            pass
+
+    with ThreadPoolExecutor(2) as pool:
+        with other_process.turn():
+            waits = pool.submit(write)
+            wait_until(lambda: turnstile._blocked_since)
+            pool.submit(turnstile.close).result(SECONDS)
+            assert not waits.done()
+        waits.result(SECONDS)
