@@ -27,6 +27,7 @@ from storage.database.sessions import Database, insert_or_ignore, run
 from storage.keys import task_folder
 from storage.rows import aliases, claims, tasks
 from storage.rows.deliveries import rematch
+from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetName, AssetState, TaskState
 
@@ -134,7 +135,7 @@ class Rebuild:
         return None if sha256 == asset.sha256 else f"its bytes hash to {sha256}, the manifest says {asset.sha256}"
 
     def _insert(self, session: Session, task: Task, found: _Found, restored: Restored) -> None:
-        if not insert_or_ignore(session, Task, task.model_dump()) and not self._complete(session, found):
+        if not insert_or_ignore(session, Task, task.model_dump()) and not self._complete(session, task, found):
             there = tasks.by_external_id(session, task.external_task_id)
             if there is None or there.id != task.id:
                 restored.problems.append(Problem(str(task.manifest_key), task.external_task_id, "its id is taken"))
@@ -148,12 +149,10 @@ class Rebuild:
         restored.counts["tasks"] += 1
         restored.counts["assets"] += sum(asset.state is AssetState.ARCHIVED for asset in found.assets)
 
-    def _complete(self, session: Session, found: _Found) -> bool:
+    def _complete(self, session: Session, task: Task, found: _Found) -> bool:
         """Give the row of an older backup, which never ended an archive, the archive in the bucket. Returns whether it
         did. Otherwise its create would be sent again, or its files fetched, which the provider may have deleted.
         """
-        task = found.task
-        assert task is not None
         free = (col(Task.lease).is_(None), col(Task.manifest_key).is_(None), col(Task.deleted_at).is_(None))
         if found.problems or task.archive is not ArchiveState.ARCHIVED:
             return False
@@ -161,6 +160,12 @@ class Rebuild:
         if not run(session, update(Task).where(col(Task.id) == task.id, *free).values(values)).rowcount:
             return False
         session.execute(delete(Asset).where(col(Asset.task_id) == task.id))
+        record(session, EventName.TASK_SUCCEEDED, task.id)
+        files = [file_facts(asset) for asset in found.assets]
+        for facts in files:
+            record(session, EventName.ASSET_ARCHIVED, task.id, facts)
+        end = {"manifest": task.manifest_key, "files": len(files), "note": task.note, "assets": files}
+        record(session, EventName.TASK_ARCHIVED, task.id, end)
         return True
 
 

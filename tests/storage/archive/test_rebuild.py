@@ -31,7 +31,7 @@ from storage.states import ArchiveState, AssetState, Step
 from tests.archived_tasks import REQUEST, all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.pipeline import Wired, assets_of, insert_row, kept, run, task_of
-from tests.rows import LONG_AGO, new_asset
+from tests.rows import LONG_AGO, event_names, new_asset
 
 # What a manifest says is tested on one database, how it becomes rows on both.
 pytestmark = pytest.mark.databases("sqlite")
@@ -131,6 +131,8 @@ def test_rows_of_an_older_backup_get_the_archive_in_the_bucket(parts: Parts, emp
         task = task_of(empty, before.external_task_id)
         assert (task.id, task.archive, task.step, task.slots) == (before.id, ArchiveState.ARCHIVED, None, 0)
     assert task_of(empty, queued.external_task_id).batch_id == batch_id
+    ended = ["task.succeeded", "asset.archived", "task.archived"]
+    assert event_names(empty.database, read)[-3:] == ended == event_names(empty.database, queued)
     assert len(sandbox.ledger().creates) == 2
     (audited,) = [batch.counts for batch in Audit(empty.database, empty.bucket, deep=True).run()]
     assert (audited.hashed, audited.faults) == (2, 0)
