@@ -86,9 +86,12 @@ def object_key(
     return f"{task_folder(prefix, created_at, external_task_id)}{kind}-{index}-{sha256[:12]}.{extension}"
 
 
-def manifest_key(prefix: str, created_at: datetime, external_task_id: str, number: int) -> str:
-    """`manifest.json` for number 1, then `manifest.2.json`, …"""
-    return task_folder(prefix, created_at, external_task_id) + manifest_name(number)
+def manifest_key(prefix: str, created_at: datetime, external_task_id: str, number: int, last: str | None = None) -> str:
+    """`manifest.json` for number 1, then `manifest.2.json`, … `last`: the key of the one before, beside which it is
+    written, also after a change of the prefix.
+    """
+    folder = f"{last.rpartition('/')[0]}/" if last else task_folder(prefix, created_at, external_task_id)
+    return folder + manifest_name(number)
 
 
 def manifest_name(number: int) -> str:

@@ -65,8 +65,6 @@ BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
 # Columns of a settled row without unusable answers.
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 ARCHIVED = {"state": AssetState.ARCHIVED, "archived_at": db_now(), "error": None, **claims.NO_ATTEMPTS, **USABLE}
-
-
 _TASKS = Task.__table__.c  # type: ignore[attr-defined]
 
 

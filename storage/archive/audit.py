@@ -223,7 +223,7 @@ class Audit:
         found = [*judge(folder.name, folder.rows, folder.objects)]
         task = folder.rows.task
         if task and task.archive in ENDED and task.manifest_key in folder.objects:
-            found += self._read_manifest(task, folder.rows.assets)
+            found += self._read_manifest(task, [*folder.rows.assets, *folder.rows.elsewhere])
         return found
 
     def _read_manifest(self, task: Task, assets: list[Asset]) -> list[Finding]:

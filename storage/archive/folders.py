@@ -40,10 +40,13 @@ Objects = Mapping[str, Listed]
 
 @dataclass
 class Rows:
-    """The rows of one task that name a key in the folder. `losses`: accepted ones, only of a `current_folder`."""
+    """The rows of one task that name a key in the folder. `elsewhere`: those that name one below another prefix.
+    `losses`: accepted ones. Both only of a `current_folder`.
+    """
 
     task: Task | None = None
     assets: list[Asset] = field(default_factory=list)
+    elsewhere: list[Asset] = field(default_factory=list)
     losses: Mapping[str, Loss] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -158,7 +161,8 @@ def current_folder(database: Database, bucket: Bucket, folder: str) -> Folder:
     here = [asset for asset in assets if asset.key and folder_of(asset.key) == folder]
     if task and not here and not _is_in(task, folder):
         task = None
-    return Folder(folder, Rows(task, here, losses if task else {}), objects)
+    elsewhere = [asset for asset in assets if asset.key and asset not in here]
+    return Folder(folder, Rows(task, here, elsewhere, losses if task else {}), objects)
 
 
 def _is_in(task: Task, folder: str) -> bool:

@@ -128,7 +128,7 @@ class Finisher:
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
             content, digest = build(task, assets, names, delivery, self._version, predecessor)
-            key = manifest_key(self._bucket.prefix, task.created_at, task.external_task_id, number)
+            key = manifest_key(self._bucket.prefix, task.created_at, task.external_task_id, number, task.manifest_key)
             sha256, size, file = hashlib.sha256(content).hexdigest(), len(content), io.BytesIO(content)
             try:
                 self._bucket.put_once(key, file, sha256=sha256, size=size, media_type=MEDIA_TYPE, metadata={})

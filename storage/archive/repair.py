@@ -67,8 +67,7 @@ class Repairer:
     def _set_aside(self, finding: Finding) -> str | None:
         """Free the key of a damaged object. Returns None, or why it was not done.
 
-        The bytes are hashed again here, so an object that matches its row is never removed, and none that was not read
-        whole.
+        The bytes are hashed again here, so an object that matches its row is never removed.
         """
         with self._database.read() as session:
             asset = session.get(Asset, finding.asset_id)
@@ -82,7 +81,7 @@ class Repairer:
                 return None
             if sha256 == asset.sha256:
                 return "left alone: it matched its row when it was read again"
-            # What a proxy in front of the store answers is no object to remove.
+            # What a proxy in front of the store sent, a page or a part, is no object to remove.
             if (stored := self._bucket.head(finding.key)) is None or stored.size != file.tell():
                 return f"left alone: the store sent {file.tell()} bytes of an object of another size"
             if not self._keep_damaged(task, asset, file, sha256):

@@ -226,6 +226,26 @@ def test_unfinished_archive_is_not_a_fault(parts: Parts) -> None:
 
 
 @BOTH
+def test_archive_that_goes_on_under_another_prefix_has_no_faults(parts: Parts, sandbox: Sandbox) -> None:
+    """Its next manifest is written beside the last one, and names files in both folders."""
+    archive(parts, 1, n=2)
+    (half,) = archive(parts, 1, n=2)
+    parts.bucket.delete(str(assets_of(parts, half)[0].key))
+    old, findings = parts.bucket.prefix, audit(parts)[1]
+    parts.bucket.prefix += "moved/"
+    assert repair(parts, findings) == [FETCHED_AGAIN]
+    row = task_of(parts, half.external_task_id)
+    assert (row.archive, row.manifests) == (ArchiveState.ARCHIVED, 2)
+    counts, found = Audit(parts.database, parts.bucket, deep=True).check_folder(
+        str(row.manifest_key).rpartition("/")[0] + "/"
+    )
+    assert (counts.faults, found) == (0, [])
+    assert audit(parts, deep=True)[1] == []
+    parts.bucket.prefix = old
+    assert audit(parts, deep=True)[1] == []
+
+
+@BOTH
 def test_folders_listed_in_another_order_are_paired_with_their_rows(parts: Parts) -> None:
     """`a-b/` sorts before `a/` by bytes, but after it in SeaweedFS's listing."""
     for name in ("a", "a-b", "a.b", "a b", "a0"):
