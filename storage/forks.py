@@ -64,6 +64,10 @@ def _before() -> None:
         time.sleep(0.0005)
 
 
+def _after() -> None:
+    _forking.release()  # looked up at each fork, because a child has another lock than its parent
+
+
 def _begin_in_child() -> None:
     global _forking
     _forking = threading.Lock()
@@ -73,4 +77,4 @@ def _begin_in_child() -> None:
         made.begin_in_child()
 
 
-os.register_at_fork(before=_before, after_in_parent=_forking.release, after_in_child=_begin_in_child)
+os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_begin_in_child)

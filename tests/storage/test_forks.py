@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from typing import Any
@@ -75,3 +76,17 @@ def test_a_forked_child_has_connections_of_its_own(asked: Callable[[int, ExitSta
         ask()
     of_parent, of_child, again = ports
     assert of_parent == again != of_child
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_child_forks_as_often_as_it_likes() -> None:
+    """Its second fork waited for ever for a lock that its first one had kept."""
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        for _ in range(3):
+            if not (grandchild := os.fork()):
+                os._exit(0)
+            os.waitpid(grandchild, 0)
+        os._exit(0)
+    assert os.waitpid(child, 0) == (child, 0)
