@@ -18,7 +18,7 @@ POLL_INTERVAL_SECONDS = 1.0
 RATE_SECONDS = 300.0
 # Without a terminal, one line in this interval.
 LINE_SECONDS = 30.0
-WORKERS_INTERVAL_SECONDS = 10.0
+WAITS_INTERVAL_SECONDS = 10.0
 
 
 class Rate:
@@ -63,22 +63,23 @@ def watch(
     workers: Callable[[], int],
     console: Console,
     paused: Callable[[], Sequence[str]] = lambda: (),
+    waiting: Callable[[], Sequence[str]] = lambda: (),
 ) -> Counts:
     """Show the progress until all tasks of the batch are over. Returns their counts. Ctrl-C ends only the display.
 
-    `paused`: a line for each account or model whose creates wait.
+    `paused`: a line for each account or model whose creates wait. `waiting`: one for each answer that keeps others.
     """
     rate, is_live = Rate(), console.is_terminal
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not is_live) as progress:
         bar = progress.add_task("", total=None)
         looked_at = said_at = float("-inf")
-        alive = 1
+        alive, waits = 1, list[str]()
         while True:
             now, counts = time.monotonic(), look()
-            if now - looked_at > WORKERS_INTERVAL_SECONDS:
-                looked_at, alive = now, workers()
-            notes = [*(paused() if counts.queued else ()), *([] if alive else ["NO WORKER IS ALIVE"])]
+            if now - looked_at > WAITS_INTERVAL_SECONDS:
+                looked_at, alive, waits = now, workers(), [*waiting()]
+            notes = [*(paused() if counts.queued else ()), *waits, *([] if alive else ["NO WORKER IS ALIVE"])]
             line = " · ".join([words(counts, rate.see(counts.over, now)), *notes])
             progress.update(bar, total=counts.total, completed=counts.over, description=escape(line))
             is_over = counts.over == counts.total

@@ -284,7 +284,9 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
     try:
         look = lambda: of.counts(name)  # noqa: E731 - said twice below
         alive = lambda: heartbeats.count_alive(parts.database)  # noqa: E731
-        counts = batch_view.watch(look, alive, Console(stderr=True), lambda: show.pausing(parts))
+        counts = batch_view.watch(
+            look, alive, Console(stderr=True), lambda: show.pausing(parts), lambda: show.waiting(parts)
+        )
     except KeyboardInterrupt:
         say(f"stopped watching; the workers go on; {_next(name)}", err=True)
         raise typer.Exit(1) from None

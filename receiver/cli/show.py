@@ -14,7 +14,7 @@ from receiver.app.wiring import Parts
 from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
 from receiver.console import catalogue
-from receiver.tasks.task_view import find, is_over, next_step, next_try_of, waiting_of
+from receiver.tasks.task_view import find, is_over, next_step, next_try_of, waiting_of, waits_for
 from receiver.web.assets import asset_link
 from storage import spool
 from storage.accounts import pauses
@@ -24,7 +24,7 @@ from storage.filters import DeliveryFilter, TaskFilter
 from storage.keys import as_argument
 from storage.operations import deadlines, heartbeats, lists
 from storage.operations.counted import counted
-from storage.operations.measures import Measures, measure, waiting_lines
+from storage.operations.measures import Measures, measure, provider_waits, store_waits, waiting_lines
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
 from storage.rows.tasks import request_note
@@ -33,6 +33,8 @@ from storage.states import AssetState
 POLL_INTERVAL_SECONDS = 0.2
 # The worker of `receiver serve --store` is ready 4 to 8 s after the start on a busy host with two cores.
 WORKER_START_SECONDS = 30.0
+# A wait says what keeps a task once that has lasted for this long: most failed tries are good at the next.
+WAITS_SECONDS = 10.0
 # Events that are printed, the newest last. `--json` has all.
 SHOWN_FAULTS = 20
 # Tasks or deliveries of each kind that need a person.
@@ -65,6 +67,7 @@ def wait(parts: Parts, external_task_id: str) -> Task | None:
     """Wait until the task is over, with a live line on a terminal. None if it is not and no worker is alive."""
     console = Console(stderr=True)
     said: list[str] = []
+    told, quiet_until = said, time.monotonic()
     with console.status(cell(f"{external_task_id}: waiting")) as status:
         while True:
             task, assets, _ = find(parts.database, external_task_id)
@@ -77,8 +80,13 @@ def wait(parts: Parts, external_task_id: str) -> Task | None:
             if holds != said:
                 said = holds
                 say(*(holds or ["creates are sent again"]), err=True)
+            if not (waits := waits_for(task, assets)):
+                quiet_until = time.monotonic() + WAITS_SECONDS
+            elif waits != told and time.monotonic() > quiet_until:
+                told, quiet_until = waits, time.monotonic() + WAITS_SECONDS
+                say(*(f"still waiting, and tried again: {why}" for why in waits), err=True)
             count = f"{kept} of {task.expected or len(assets) or '?'} archived"
-            status.update(cell(" · ".join([f"{external_task_id}: {task.state}, {count}", *holds])))
+            status.update(cell(" · ".join([f"{external_task_id}: {task.state}, {count}", *holds, *waits])))
             time.sleep(POLL_INTERVAL_SECONDS)
 
 
@@ -93,6 +101,12 @@ def pausing(parts: Parts, task: Task | None = None) -> list[str]:
     shortage = parts.database.shortage()
     disk = [f"{shortage}, so nothing is sent until there is room"] if shortage else []
     return disk + [pauses.line(each) for each in found]
+
+
+def waiting(parts: Parts) -> list[str]:
+    """One line for each answer because of which files or tasks of any origin wait, most frequent first."""
+    with parts.database.read() as session:
+        return waiting_lines(store_waits(session), provider_waits(session))
 
 
 def uris(parts: Parts, task: Task) -> list[str]:

@@ -47,6 +47,14 @@ def why_not(task: Task, assets: Sequence[Asset]) -> str | None:
     return next((asset.error for asset in assets if asset.state is AssetState.FAILED), None)
 
 
+def waits_for(task: Task, assets: Sequence[Asset]) -> list[str]:
+    """What keeps an unfinished task: the last answers to its files, else to its own step. Empty before a first one."""
+    errors = {asset.error for asset in assets if asset.state is AssetState.DUE and asset.error}
+    if errors or not task.attempts or not task.note or tasks.request_note(task):
+        return sorted(errors)
+    return [task.note]
+
+
 def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
     """Whether `retry` would do anything."""
     if task.deleted_at is not None or task.archive is ArchiveState.ARCHIVED:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from sqlmodel import col, select, update
 
 from receiver.app.wiring import Parts
@@ -520,6 +521,12 @@ def test_rate_over_five_minutes_estimates_the_time_left() -> None:
     seen = [rate.see(over, now) for now, over in ((0.0, 0), (100.0, 50), (310.0, 100))]
     assert seen == [0, 0.5, 50 / 210]
     assert "30.0/min, 0:01:00 left" in batch_view.words(Counts(queued=30, archived=7), 0.5)
+
+
+def test_progress_names_what_the_batch_waits_for() -> None:
+    line = StringIO()
+    batch_view.watch(lambda: Counts(archived=7), lambda: 1, Console(file=line), waiting=lambda: ["1 file waits: x"])
+    assert line.getvalue() == "7/7 queued 0 · running 0 · archived 7 · failed 0 · 1 file waits: x\n"
 
 
 # -- the command line -------------------------------------------------------------------------------------------------

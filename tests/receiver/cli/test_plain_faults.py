@@ -16,16 +16,20 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlmodel import select
 
 from receiver.sandbox import Sandbox
 from storage.database.sessions import Database
 from storage.operations import heartbeats
 from storage.rows import migrations
+from storage.rows.models import Task
+from storage.states import ArchiveState
 from tests.command_line import CommandLine
 from tests.forked import Forked
 from tests.harness import ROOT, wait_until
 from tests.pipeline import free_port
 from tests.postgres import MigratedDatabases, Postgres
+from tests.rows import new_asset
 
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
 
@@ -337,6 +341,29 @@ def test_submit_with_wait_prints_the_id_once(ready: CommandLine) -> None:
     heartbeats.register(database, 1)
     database.close()
     assert ready(*words, "--wait").out == "a b\n"
+
+
+@pytest.mark.parametrize("waits_for", ["a file", "a read"])
+def test_submit_with_wait_says_what_it_waits_for(waits_for: str, ready: CommandLine, tmp_path: Path) -> None:
+    words, why = (*ASK, "--external-task-id", "a b"), "the store at 127.0.0.1:9 does not answer"
+    assert ready(*words).code == 0
+    database = Database(f"sqlite:///{ready.folder}/receiver.db")
+    heartbeats.register(database, 1)
+    with database.write() as session:
+        task = session.exec(select(Task)).one()
+        if waits_for == "a file":
+            task.archive = ArchiveState.ARCHIVING
+            new_asset(session, task, 0, error=why)
+        else:
+            task.attempts, task.note = 1, why
+    database.close()
+    err, at_once = tmp_path / "err", {"receiver.cli.show:WAITS_SECONDS": 0.0}
+    err.touch()
+    process = Forked((*words, "--wait"), {**os.environ, **ready.variables}, ready.folder, out=err, constants=at_once)
+    try:
+        wait_until(lambda: f"still waiting, and tried again: {why}\n" in err.read_text(), seconds=25)
+    finally:
+        process.kill()
 
 
 def test_a_key_with_a_line_end_works(ready: CommandLine) -> None:
