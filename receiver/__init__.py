@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0.dev0"  # .dev0 until it is released
 __all__ = [
     "AsyncReceiver", "Conflict", "DatabaseUnavailable", "Fact", "File", "NotArchived", "Receiver", "RequestInvalid",
-    "Result", "SchemaBehind", "SettingsInvalid",
+    "Result", "SchemaBehind", "SettingsInvalid", "StoreUnavailable",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from receiver.base.config import SettingsInvalid
     from receiver.providers.base import RequestInvalid
     from receiver.tasks.submit import Conflict
-    from storage.errors import DatabaseUnavailable
+    from storage.errors import DatabaseUnavailable, StoreUnavailable
 
 _RAISED = {
     "Conflict": "receiver.tasks.submit",
@@ -26,6 +26,7 @@ _RAISED = {
     "RequestInvalid": "receiver.providers.base",
     "SchemaBehind": "receiver.app.process",
     "SettingsInvalid": "receiver.base.config",
+    "StoreUnavailable": "storage.errors",
 }
 
 

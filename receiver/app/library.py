@@ -161,7 +161,7 @@ class Receiver:
     def url(self, file: File, *, expires_seconds: int = 3_600) -> str:
         """A presigned link to an archived file, valid 1 to 604,800 s for everyone who has it.
 
-        Raises `ValueError` for a file that is not archived.
+        Raises `ValueError` for a file that is not archived, `StoreUnavailable` without credentials for the bucket.
         """
         if file.key is None:
             raise ValueError(f"{file.kind} {file.index} is not archived")

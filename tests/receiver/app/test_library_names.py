@@ -13,9 +13,19 @@ from pathlib import Path
 import pytest
 
 import receiver
-from receiver import Conflict, DatabaseUnavailable, NotArchived, Receiver, RequestInvalid, Result, SettingsInvalid
+from receiver import (
+    Conflict,
+    DatabaseUnavailable,
+    File,
+    NotArchived,
+    Receiver,
+    RequestInvalid,
+    Result,
+    SettingsInvalid,
+    StoreUnavailable,
+)
 from storage.errors import NoSuchTask
-from storage.states import ArchiveState, TaskState
+from storage.states import ArchiveState, AssetState, TaskState
 from tests.harness import ROOT
 
 PAGE = (ROOT / "infra" / "docs" / "library.md").read_text()
@@ -46,6 +56,17 @@ def test_a_receiver_that_no_one_closes_ends_with_its_last_reference(tmp_path: Pa
     del receiver
     gc.collect()
     assert not thread.is_alive()
+
+
+def test_link_without_credentials_for_the_bucket_is_an_error_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    file = File(uuid.uuid4(), "image", 0, AssetState.ARCHIVED, "a.png", "s3://pictures/a.png", None, None, None, None)
+    with Receiver(database_url=f"sqlite:///{tmp_path / 'receiver.db'}", s3_bucket="pictures") as library:
+        with pytest.raises(StoreUnavailable, match="nobody"):
+            library.url(file)
+    assert "StoreUnavailable" in RAISED
 
 
 def test_a_program_without_settings_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
