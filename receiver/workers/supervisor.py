@@ -195,7 +195,9 @@ class SupervisorProcess:
     def start(self, on_gone: Callable[[], object]) -> None:
         """Start it. `on_gone`: called when it has ended or could not be started; `raise_if_ended` gives the reason."""
         try:
-            command = [sys.executable, "-m", "receiver", "work", "--supervised"]
+            # -P: a storage.py of the current folder is not ours. `python -m receiver` may run from a folder of source.
+            safe = [] if sys.modules["__main__"].__spec__ else ["-P"]
+            command = [sys.executable, *safe, "-m", "receiver", "work", "--supervised"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
         except OSError as error:
             self._gone = f"could not be started: {error.strerror}"

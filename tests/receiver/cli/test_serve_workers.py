@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from tests.command_line import CommandLine
-from tests.harness import wait_until
+from tests.harness import ROOT, wait_until
 from tests.pipeline import free_port
 from tests.receiver.cli.test_plain_faults import serving
 from tests.receiver.workers.test_supervisor import is_alive
@@ -34,6 +36,18 @@ def test_supervisor_has_nothing_that_workers_could_share(ready: CommandLine) -> 
         assert len(list(Path(f"/proc/{supervisor}/task").iterdir())) == 1
         held = {os.readlink(file).partition(":")[0] for file in Path(f"/proc/{supervisor}/fd").iterdir()}
         assert held == {"pipe", str(log)}
+
+
+def test_workers_import_no_module_of_the_current_folder(ready: CommandLine) -> None:
+    (ready.folder / "storage.py").write_text("raise SystemExit('of another project')")
+    program = [sys.executable, "-P", "-c", "from receiver.cli.main import main; main()", "serve", "--port", "0"]
+    log, environment = ready.folder / "log", {**os.environ, **ready.variables, "PYTHONPATH": str(ROOT)}
+    with log.open("wb") as err, subprocess.Popen(program, cwd=ready.folder, env=environment, stderr=err) as process:
+        try:
+            wait_until(lambda: started(log) == 1 or process.poll() is not None, seconds=EXIT_SECONDS)
+        finally:
+            process.terminate()
+    assert (process.returncode, "another project" in log.read_text()) == (0, False)
 
 
 def test_serve_ends_when_the_supervisor_is_killed_and_workers_drain(ready: CommandLine) -> None:
