@@ -114,27 +114,31 @@ def redeliver(
 ) -> None:
     """Deliver again, as if for the first time: these, or all dead ones (of one sink with --sink).
 
-    The id of each event stays the same, so receivers recognise it.
+    The id of each event stays the same, so receivers recognise it. Events of a disabled sink are left alone.
     """
     if bool(number) is all_dead or (number and sink):
         raise typer.BadParameter("give numbers, or --all-dead (and --sink)")
     from receiver.tasks.changes import change
     from storage.operations import outbox
 
-    count, seen = 0, set[int]()
+    count, seen, sinks = 0, set[int](), set[str]()
     with opened(needs_bucket=False) as parts:
         known = sorted(each.sink for each in parts.subscriptions)
         for page in outbox.pages_to_redeliver(parts.database, number or [], sink, PAGE):
             with change(parts.database, dry_run=dry_run) as session:
                 count += outbox.redeliver(session, page)
             seen |= {row.id or 0 for row in page}
+            sinks |= {row.sink for row in page}
+        with parts.database.read() as session:
+            disabled = {name: why for name, why in outbox.disabled(session).items() if name in sinks}
     missing = sorted(set(number or []) - seen)
     _print_counts({"redelivered": count, "missing": missing}, dry_run, as_json)
     for each in missing[:MAX_SHOWN]:
         say(f"{each}: no such delivery", err=True)
-    if not count and not missing and not as_json:
+    _explain(disabled, sorted(sinks.difference(known)))
+    if not count and not missing and not disabled and not as_json:
         say(_why_none(sink, known, all_dead=all_dead), err=True)
-    if missing:
+    if missing or (disabled and not count):
         raise typer.Exit(1)
 
 

@@ -351,10 +351,13 @@ def pages_to_redeliver(database: Database, ids: Sequence[int], sink: str | None,
 
 
 def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:
-    """Make these dispatches due again with all their tries. Returns how many. Claimed ones are left alone.
+    """Make these dispatches due again with all their tries. Returns how many. Claimed ones are left alone, and those of
+    disabled sinks, which `end_disabled` would give up again.
 
     Those of one task are sent in their order and before its waiting ones. Events sent meanwhile came earlier.
     """
+    off = disabled(session)
+    rows = [row for row in rows if row.sink not in off]
     _open_chains(session, {row.task_id for row in rows if row.task_id})  # for the same reason
     free = update(Dispatch).where(col(Dispatch.id).in_([row.id for row in rows]), col(Dispatch.lease).is_(None))
     again = {**claims.DUE_NOW, **claims.NOT_DUE}  # the first of each task is made due below

@@ -55,7 +55,7 @@ class EventsOut:
             of_tasks |= {row.task_id for row in rows}
         if count:
             note_act(self._of, visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])), of_tasks)
-        visit.say(visit.text("events.redelivered", n=count), bad=not count)
+        visit.say(visit.text("events.redelivered" if count else "events.none_redelivered", n=count), bad=not count)
         return visit.back(HOME)
 
     def disable(self, visit: Visit) -> Response:

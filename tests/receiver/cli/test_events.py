@@ -142,6 +142,25 @@ def test_a_sink_is_disabled_and_enabled(database: Database, run: Run) -> None:
     assert run("enable", HOOK.sink)[0] == 1
 
 
+def test_events_of_a_disabled_sink_are_not_said_to_be_sent_again(database: Database, run: Run) -> None:
+    three(database)
+    run("disable", HOOK.sink, "--reason", "moving")
+    for words in (("--all-dead",), ("2",), ("--all-dead", "--sink", HOOK.sink)):
+        code, said = run("redeliver", *words)
+        assert (code, said.startswith("redelivered: 0\n"), "`receiver events enable" in said) == (1, True, True)
+    assert states(database) == [DispatchState.DELIVERED, DispatchState.DEAD, DispatchState.DEAD]
+    run("enable", HOOK.sink)
+    assert run("redeliver", "--all-dead") == (0, "redelivered: 2\n")
+
+
+def test_redeliver_names_a_sink_that_is_not_configured(
+    database: Database, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three(database)
+    monkeypatch.setenv("RECEIVER_EVENT_SINKS", "")
+    assert "`receiver events disable hooks.example.com` gives it up" in run("redeliver", "--all-dead")[1]
+
+
 def test_unknown_sink_is_not_disabled(database: Database, run: Run) -> None:
     code, said = run("disable", "hooks.exmaple.com")
     assert (code, "known sinks: client, hooks.example.com" in said) == (2, True)

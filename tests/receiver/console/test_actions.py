@@ -225,7 +225,7 @@ def test_lost_pictures_are_chosen_again_before_a_request_is_sent_again(
 
 @BOTH
 def test_form_is_kept_when_its_id_is_taken(parts: Parts, ann: Reader) -> None:
-    taken = insert_row(parts)
+    taken = insert_row(parts, request_hash="another")
     fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "external_task_id": taken.external_task_id}
     answer = ann.send(ann.post("/ask", **fields).text, **fields)
     assert answer.status_code == 422 and "choose another id" in answer.text and "a red kite" in answer.text
@@ -301,10 +301,14 @@ def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Par
     assert "1 event on its way to this sink is given up" in sent
     assert "<details" in sent.partition("/console/act/disable")[0].rpartition("</form>")[2]
     disabled = ann.post("/act/disable", sink=sink).text
-    assert f"{sink} is disabled; 1" in disabled and "Send 1 again" in disabled
+    assert f"{sink} is disabled; 1" in disabled and 'action="/console/act/redeliver"' not in disabled
+    assert (
+        "Nothing is sent again: it is on its way, or its sink is disabled" in ann.post("/act/redeliver", sink=sink).text
+    )
     with parts.database.read() as session:
         assert outbox.disabled(session) == {sink: "by ann: by hand"}
-    assert f"{sink} is enabled" in ann.post("/act/enable", sink=sink).text
+    enabled = ann.post("/act/enable", sink=sink).text
+    assert f"{sink} is enabled" in enabled and "Send 1 again" in enabled
     assert ann.post("/act/disable", sink="a slip").status_code == 404
 
 
@@ -494,7 +498,7 @@ def test_a_batch_whose_id_is_taken_meanwhile_keeps_its_lines_in_the_form(
 
     def plan_before_another(self: Batches, *given: Any, **named: Any) -> Plan:
         made = plan(self, *given, **named)
-        insert_row(parts, external_task_id=made.new[0].external_task_id)
+        insert_row(parts, external_task_id=made.new[0].external_task_id, request_hash="another")
         return made
 
     checked = ann.post("/batches/new", name="spring", format="jsonl", content=GOOD)
