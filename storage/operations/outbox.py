@@ -187,24 +187,32 @@ def dead(session: Session, row: Dispatch, error: str) -> None:
 
 
 _DISPATCHES = Dispatch.__table__.c  # type: ignore[attr-defined]
-_FIRST_OPEN = select(_DISPATCHES.id).where(
-    IS_OPEN, _DISPATCHES.sink == bindparam("to"), _DISPATCHES.task_id == bindparam("of")
-)
-_FIRST_OPEN = _FIRST_OPEN.order_by(_DISPATCHES.id).limit(1).with_for_update()
+_IN_CHAIN = (IS_OPEN, _DISPATCHES.sink == bindparam("to"), _DISPATCHES.task_id == bindparam("of"))
+_FIRST_OPEN = select(_DISPATCHES.id).where(*_IN_CHAIN).order_by(_DISPATCHES.id).limit(1).with_for_update()
+_NEXT = select(_DISPATCHES.id).where(*_IN_CHAIN).order_by(_DISPATCHES.id).limit(1).scalar_subquery()
+_NEXT_DUE = update(Dispatch.__table__).values(claims.due())  # type: ignore[attr-defined]
+_NEXT_DUE = _NEXT_DUE.where(_DISPATCHES.id == _NEXT, _DISPATCHES.due_at.is_(None))
 
 
 def _end(session: Session, row: Dispatch, state: DispatchState, error: str | None) -> None:
-    now = db_now()
+    now, chain = db_now(), {"to": row.sink, "of": row.task_id}
     if row.task_id is not None:  # Two ends at once would each wait for the other to make the next one due.
-        execute(session, _FIRST_OPEN, {"to": row.sink, "of": row.task_id})
+        execute(session, _FIRST_OPEN, chain)
     claims.settle(session, row, due_in=None, state=state, tries=row.tries + 1, error=error, settled_at=now)
     if row.task_id is not None:
-        _advance(session, row.sink, [row.task_id])
+        execute(session, _NEXT_DUE, chain)
+
+
+def _is_for(sink: str) -> Any:
+    """The condition on the sink of open dispatches, without its index: in that SQLite read every dispatch that the sink
+    was ever sent, 0.3 s of 400,000, in which no one else could write.
+    """
+    return func.coalesce(Dispatch.sink, "") == sink
 
 
 def _advance(session: Session, sink: str, task_ids: Collection[uuid.UUID] | None) -> None:
     """Make the first open dispatch of each of these tasks due, None: of all, unless it is due or claimed."""
-    first = select(func.min(Dispatch.id)).where(IS_OPEN, col(Dispatch.sink) == sink).group_by(col(Dispatch.task_id))
+    first = select(func.min(Dispatch.id)).where(IS_OPEN, _is_for(sink)).group_by(col(Dispatch.task_id))
     first = first.where(col(Dispatch.task_id).is_not(None) if task_ids is None else col(Dispatch.task_id).in_(task_ids))
     waiting = update(Dispatch).where(col(Dispatch.id).in_(first), col(Dispatch.due_at).is_(None))
     run(session, waiting.values(claims.due()))
@@ -228,7 +236,7 @@ def end_disabled(database: Database) -> int:
     for sink, reason in waiting.items():
         ended = BATCH
         while ended == BATCH:
-            some = select(Dispatch.id).where(IS_OPEN, Dispatch.sink == sink).limit(BATCH)  # claimed ones too
+            some = select(Dispatch.id).where(IS_OPEN, _is_for(sink)).limit(BATCH)  # claimed ones too
             values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.NOT_DUE}
             given_up = update(Dispatch).where(col(Dispatch.id).in_(some))
             given_up = given_up.values(**values, error=reason[:MAX_ERROR_CHARS])

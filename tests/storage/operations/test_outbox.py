@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, insert, update
 from sqlmodel import col, func, select
 
 from receiver.app.wiring import Parts
@@ -24,6 +24,7 @@ from tests import event_delivery_run
 from tests.harness import wait_until
 from tests.pipeline import Web, working
 from tests.rows import LONG_AGO, new_task, wait_until_blocked
+from tests.storage.rows.test_claim_plans import rows_read_sqlite
 from tests.webhook_receiver import SECRET, Hook
 
 ALL = frozenset(map(str, EventName))
@@ -268,6 +269,27 @@ def test_event_inserted_while_the_previous_one_is_settled_becomes_due(database: 
             wait_until_blocked(database, other)
         assert other.result(10) == 1
     assert names_of(database, claim(database)) == ["task.failed"]
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_the_end_of_a_dispatch_does_not_read_those_that_were_sent_before(database: Database) -> None:
+    """A sink that was sent 400,000 events held the only lock of SQLite for 0.3 s at each further one."""
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
+    outbox.sequence_all(database, [HOOK])
+    sent = {"sink": "hook", "state": DispatchState.DELIVERED, "attempts": 1, "losses": 0, "tries": 1}
+    with database.write() as session:
+        rows = [{**sent, "event_id": 100 + n, "task_id": uuid.uuid4(), "created_at": LONG_AGO} for n in range(3_000)]
+        session.execute(insert(Dispatch), rows)
+        outbox.disable(session, "hook", "by hand")
+    [first] = claim(database)
+    with database.write() as session:
+        assert rows_read_sqlite(session, lambda: outbox.delivered(session, first)) < 100
+    [second] = claim(database)
+    settle(database, [second], outbox.dead, "never")
+    with database.write() as session:
+        assert rows_read_sqlite(session, lambda: outbox.redeliver(session, [second])) < 100
+        assert rows_read_sqlite(session, lambda: outbox.enable(session, "hook")) < 100
 
 
 # -- disabled sinks ---------------------------------------------------------------------------------------------------
