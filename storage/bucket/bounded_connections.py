@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
 from botocore.awsrequest import (
@@ -40,6 +40,7 @@ DOCUMENT_TYPE = b"<!DOCTYPE"
 # A redirect without a region leads to no store: to https, or to a log-in page. boto3 would ask for the region by a HEAD
 # that is redirected too, for which it asks again: 110 requests, and a RecursionError.
 REDIRECTS, REGION_HEADER = frozenset({301, 302, 303, 307, 308}), "x-amz-bucket-region"
+PLACE = re.compile(r"(https?)://(?:[^/?#]*@)?([A-Za-z0-9.:\[\]-]{1,255})(?=[/?#]|\Z)")
 
 
 class UnusableAnswer(HTTPClientError):  # type: ignore[misc]
@@ -75,8 +76,8 @@ def _send(send: Callable[[Any], Any], request: Any) -> Any:
     except (urllib3.exceptions.HTTPError, OSError) as error:  # botocore does not translate those of a streamed answer
         raise HTTPClientError(error=error) from error
     if response.status_code in REDIRECTS and REGION_HEADER not in response.headers and b"<Error" not in content:
-        to = urlsplit(response.headers.get("location", ""))
-        raise Redirected(place=f"{to.scheme}://{to.netloc.rpartition('@')[2]}" if to.netloc else "another path")
+        to = PLACE.match(response.headers.get("location", ""))
+        raise Redirected(place=f"{to[1]}://{to[2]}" if to else "another path")
     text = content.replace(b"\0", b"")  # which UTF-16 puts between the letters
     if DOCUMENT_TYPE in text or text.count(b"<") > MAX_TAGS:
         if not is_error:
