@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from receiver.cli.opening import opened
-from receiver.cli.operate import MAX_SHOWN, DryRun, Json
+from receiver.cli.operate import MAX_NUMBER, MAX_SHOWN, DryRun, Json
 from receiver.cli.terminal import cell, say, say_json, show
 from storage.keys import as_argument
 
@@ -105,7 +105,7 @@ def _explain(disabled: dict[str, str], unknown: Sequence[str]) -> None:
 @app.command()
 def redeliver(
     number: Annotated[
-        list[int] | None, typer.Argument(metavar="[ID]...", help="Numbers of deliveries, as `list` shows them.")
+        list[int] | None, typer.Argument(metavar="[ID]...", max=MAX_NUMBER, help="Numbers of deliveries in `list`.")
     ] = None,
     all_dead: Annotated[bool, typer.Option("--all-dead", help="All deliveries that were given up.")] = False,
     sink: Sink = None,
@@ -157,7 +157,7 @@ def _why_none(sink: str | None, known: Sequence[str], *, all_dead: bool) -> str:
 def tail(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until interrupted.")] = False,
     after: Annotated[
-        int | None, typer.Option(metavar="NUMBER", help="Print all events after this number.", min=0)
+        int | None, typer.Option(metavar="NUMBER", help="Print all events after this number.", min=0, max=MAX_NUMBER)
     ] = None,
     types: Types = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one CloudEvent a line.")] = False,

@@ -28,19 +28,21 @@ NO_DELIVERY = "no stored delivery came then and is in that state; an earlier --s
 NO_READ = "no task waits for its result; name a task to read one that has ended"
 NO_LISTED = "the provider lists no task of these days; a larger --listed-days reaches further back"
 NO_OLD = "nothing that is over is older than that; `--older-than` with fewer days reaches more"
+# The largest number of a row, and the most days that still reach a year that there is.
+MAX_NUMBER, MAX_DAYS = 2**63 - 1, 36_500
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 WHEN = "2026-11-23, 2026-11-23T10:00 (UTC), or an age: 90m, 6h, 7d"
 
 
 def _moment(text: str) -> datetime:
     """A time as an operator writes it, with its time zone."""
-    if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
-        return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
     try:
+        if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
+            return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is not a time: write {WHEN}") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
@@ -87,7 +89,7 @@ def retry(
 
 
 def replay(
-    delivery: Annotated[list[int] | None, typer.Argument(help="Numbers of deliveries.")] = None,
+    delivery: Annotated[list[int] | None, typer.Argument(help="Numbers of deliveries.", min=1, max=MAX_NUMBER)] = None,
     since: Since = None,
     until: Until = None,
     state: Annotated[
@@ -142,7 +144,8 @@ def reconcile(
 def adopt(
     task: Annotated[list[str] | None, typer.Argument(help="Tasks by external id or by the provider's id.")] = None,
     listed_days: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="All tasks that the provider lists of the last N days.")
+        int | None,
+        typer.Option(metavar="N", min=1, max=MAX_DAYS, help="All that the provider lists of the last N days."),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -171,7 +174,7 @@ def dismiss(
     reason: Annotated[str, typer.Option(metavar="TEXT", help="The reason. It is stored with the task.")],
     external_task_id: Annotated[str | None, typer.Argument(help="External id of the task.")] = None,
     delivery: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="A delivery that matches no task, by its number. Repeatable.")
+        list[int] | None, typer.Option(metavar="N", max=MAX_NUMBER, help="A delivery that matches no task. Repeatable.")
     ] = None,
     lost: Annotated[
         list[str] | None,
@@ -202,7 +205,9 @@ def dismiss(
 
 
 def prune(
-    older_than: Annotated[int, typer.Option(metavar="DAYS", min=1, help="Remove what is older than this many days.")],
+    older_than: Annotated[
+        int, typer.Option(metavar="DAYS", min=1, max=MAX_DAYS, help="Remove what is older than that.")
+    ],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

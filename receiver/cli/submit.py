@@ -149,12 +149,12 @@ def _from_file(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
-        fields = json.loads(text)
+        fields = json.loads(text.removeprefix("\ufeff"))
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error.strerror}", param_hint="--request") from None
     except UnicodeDecodeError:
         raise typer.BadParameter(f"{path} is not UTF-8 text; save it as UTF-8", param_hint="--request") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--request") from None
     if not isinstance(fields, dict):
         raise typer.BadParameter(f"{path} holds no JSON object", param_hint="--request")

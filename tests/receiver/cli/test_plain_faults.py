@@ -313,6 +313,31 @@ def test_a_place_that_cannot_be_written_is_named_in_one_line(
     assert (done.code, done.err.count("\n"), done.err.startswith(said)) == (1, 1, True), done.err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("events", "redeliver", str(2**63)),
+        ("events", "tail", "--after", str(2**63)),
+        ("replay", str(2**63)),
+        ("replay", "--since", "999999d"),
+        ("dismiss", "--reason", "x", "--delivery", str(2**63)),
+        ("prune", "--older-than", "999999"),
+        ("adopt", "--listed-days", "999999"),
+        ("retry", "--all-failed", "--since", "0001-01-01T00:00+14:00"),
+        ("submit", "--request", "deep.json"),
+    ],
+)
+def test_a_number_without_end_is_wrong_usage(words: tuple[str, ...], ready: CommandLine) -> None:
+    (ready.folder / "deep.json").write_text("[" * 100_000)
+    done = ready(*words)
+    assert (done.code, "Traceback" in done.err, "Invalid value" in done.err) == (2, False, True), done.err
+
+
+def test_a_request_from_standard_input_may_have_a_byte_order_mark(ready: CommandLine) -> None:
+    done = ready("submit", "--request", "-", given='\ufeff{"model_name": "kling-image-o1", "prompt": "a boat"}')
+    assert "is not JSON" not in done.err and done.code == 0, done.err
+
+
 def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path) -> None:
     err, words = tmp_path / "err", (*ASK, "--external-task-id", "a b", "--wait")
     process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
