@@ -23,8 +23,12 @@ from storage.database.open_files import Inodes, OpenFiles
 from storage.database.turnstile import SQLITE_BUSY_SECONDS
 from storage.errors import DatabaseUnavailable, FileChanged
 
-# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log.
-SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
+# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log. A
+# log that another program's long transaction has made longer is cut to that when it is restarted.
+SQLITE_PRAGMAS = (
+    *("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"),
+    *("wal_autocheckpoint=16384", "journal_size_limit=67108864"),
+)
 # Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
 # Device and inode; None if there is no file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from storage.database import checkpoints
 from storage.database.sessions import Database
@@ -97,6 +99,24 @@ def test_commit_makes_a_checkpoint_of_a_long_log(sqlite: Database) -> None:
     for _ in range(3):
         commit(sqlite, pages=6_000)  # 72 MB
     assert size(sqlite) > before
+
+
+def test_log_that_an_open_transaction_makes_long_is_reported_once_and_given_back(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "DELAYED_PAGES", 1_000)
+    with closing(sqlite3.connect(str(sqlite.url.database), isolation_level=None)) as other, capture_logs() as logs:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM t").fetchone()
+        with checkpoints.beside(sqlite):
+            for _ in range(3):
+                commit(sqlite, pages=6_000)  # 72 MB
+                wait_until(lambda: logs)
+        other.execute("COMMIT")
+        with checkpoints.beside(sqlite), committing(sqlite):
+            wait_until(lambda: size(sqlite, "-wal") <= 64 * 1024 * 1024)
+    assert [each["event"] for each in logs] == ["checkpoint.delayed"]
+    assert f"`fuser {sqlite.url.database} {sqlite.url.database}.lock` lists processes" in logs[0]["error"]
 
 
 def test_postgresql_needs_no_checkpoints(postgres: Postgres) -> None:
