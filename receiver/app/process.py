@@ -147,10 +147,11 @@ def fit_descriptors() -> int:
     return connections
 
 
-def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
+def serve(parts: Parts, *, on_listening: Callable[[int], None] | None = None) -> None:
     """Run the web server and the workers until SIGTERM, SIGINT or SIGHUP.
 
-    Raises `SchemaBehind`, `DatabaseUnavailable`, and `SupervisorEnded` when their supervisor ends by itself.
+    `on_listening`: called with the port. Raises `SchemaBehind`, `DatabaseUnavailable`, and `SupervisorEnded` when their
+    supervisor ends by itself.
     """
     settings = parts.settings
     await_schema(parts.database, migrate=settings.migrates_on_start)
@@ -257,7 +258,7 @@ class _Server(uvicorn.Server):
     """Logs when it listens, and stops without ending the process. `on_signal`: called in the signal's handler."""
 
     def __init__(
-        self, config: uvicorn.Config, on_listening: Callable[[], None] | None, on_signal: Callable[[], object] = bool
+        self, config: uvicorn.Config, on_listening: Callable[[int], None] | None, on_signal: Callable[[], object] = bool
     ) -> None:
         super().__init__(config)
         self._on_listening = on_listening
@@ -294,7 +295,7 @@ class _Server(uvicorn.Server):
         if self.started:
             log.info("web.started", host=self.config.host, port=self.port)
             if self._on_listening is not None:
-                self._on_listening()
+                self._on_listening(self.port)
 
     @property
     def port(self) -> int:

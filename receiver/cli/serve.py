@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +39,7 @@ def serve(
 
         _name_settings(parts.settings)
         settings = parts.settings
-        process.serve(parts, on_listening=(lambda: _name_console(settings)) if settings.store else None)
+        process.serve(parts, on_listening=partial(_name_console, settings) if settings.store else None)
 
 
 def work(
@@ -86,15 +87,15 @@ def migrate() -> None:
     say(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")
 
 
-def _name_console(settings: Settings) -> None:
+def _name_console(settings: Settings, port: int) -> None:
     """Print a one-time link to the console. Where output is not a terminal it may be stored, so only the key's file is
-    named.
+    named. `port`: where it listens, for the setting may be 0.
     """
     from receiver.console.access import one_time_token
     from receiver.local_store.serve_store import has_made_key
 
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/console"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}/console"
     made = has_made_key(settings)
     key = f"the key in {settings.store}/console.key" if made else "a key of RECEIVER_CONSOLE_KEYS"
     words = f"{url}  (log in with {key})"

@@ -26,23 +26,21 @@ def test_the_file_of_a_key_is_named_only_if_it_has_the_key(
     if kept:
         (tmp_path / "console.key").write_text(f"{kept}\n")
     people = parse([SecretStr(f"ann={KEY}")])
-    settings: Any = SimpleNamespace(
-        host="127.0.0.1", port=8000, store=tmp_path, console_people=people, event_entries=[]
-    )
-    _name_console(settings)
+    settings: Any = SimpleNamespace(host="127.0.0.1", store=tmp_path, console_people=people, event_entries=[])
+    _name_console(settings, 8000)
     said = capsys.readouterr().out
-    assert named in said and ("console.key" in said) == (kept == KEY) and KEY not in said
+    assert "http://127.0.0.1:8000/console" in said and named in said
+    assert ("console.key" in said) == (kept == KEY) and KEY not in said
 
 
 def test_standard_output_that_is_a_sink_has_events_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = [SimpleNamespace(kind="stdout")]
     settings: Any = SimpleNamespace(
         host="127.0.0.1",
-        port=8000,
         store=tmp_path,
         console_people=parse([SecretStr(f"ann={KEY}")]),
         event_entries=entries,
     )
-    _name_console(settings)
+    _name_console(settings, 8000)
     said = capsys.readouterr()
     assert (said.out, "console: http" in said.err) == ("", True)
