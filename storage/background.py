@@ -24,8 +24,12 @@ MOST_TURNS = 64
 
 
 @contextmanager
-def background_thread(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work` in a daemon thread. When the block ends, its event is set and the thread is joined."""
+def background_thread(
+    name: str, work: Callable[[threading.Event], None], *, join_seconds: float | None = None
+) -> Iterator[None]:
+    """Run `work` in a daemon thread. When the block ends, its event is set and the thread is joined. `join_seconds`: at
+    most this long, None: without a limit.
+    """
     ended = threading.Event()
     thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
     thread.start()
@@ -33,7 +37,7 @@ def background_thread(name: str, work: Callable[[threading.Event], None]) -> Ite
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(join_seconds)
 
 
 class BackgroundCheck:

@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from storage.background import background_thread
+from storage.database import turnstile
 from storage.database.sessions import Database
 from storage.database.turnstile import who_holds_database
 from storage.errors import DatabaseUnavailable
@@ -39,7 +40,7 @@ def beside(database: Database) -> AbstractContextManager[None]:
     """Make checkpoints in a thread during the block. Does nothing for PostgreSQL, which has a process for them."""
     if not database.is_sqlite:
         return nullcontext()
-    return background_thread("checkpoints", partial(_run, database))
+    return background_thread("checkpoints", partial(_run, database), join_seconds=turnstile.CLOSE_SECONDS)
 
 
 def _run(database: Database, stopping: threading.Event) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
-from storage.database import checkpoints
+from storage.database import checkpoints, turnstile
 from storage.database.sessions import Database
 from tests.harness import wait_until
 from tests.postgres import Postgres
@@ -125,3 +126,28 @@ def test_postgresql_needs_no_checkpoints(postgres: Postgres) -> None:
     with checkpoints.beside(database):
         assert threading.active_count() == threads
     database.close()
+
+
+def test_the_end_does_not_wait_for_a_process_that_keeps_the_lock(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of a long log is copied in a turn, which another process may have."""
+    monkeypatch.setattr(checkpoints, "LONG_LOG_PAGES", 0)
+    monkeypatch.setattr(turnstile, "CLOSE_SECONDS", 0.1)
+    assert sqlite.turnstile is not None
+    sqlite.outages.is_on = True  # as in `serve`: its waits for other processes have no limit
+    commit(sqlite)
+    other = turnstile.Turnstile(sqlite.turnstile._path)
+    with ThreadPoolExecutor(1) as pool:
+        ended = threading.Event()
+
+        def serve() -> None:
+            with checkpoints.beside(sqlite):
+                ended.wait(20)
+
+        with other.turn():
+            ends = pool.submit(serve)
+            wait_until(lambda: sqlite.turnstile and sqlite.turnstile._blocked_since)
+            ended.set()
+            ends.result(10)
+    other.close()
