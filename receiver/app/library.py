@@ -131,7 +131,7 @@ class Receiver:
         The same id with the same request sends nothing and returns the existing task, so a caller may repeat after a
         crash. `request`: the provider's fields, as in `receiver submit --request`. `external_task_id` None: a fresh
         UUID; a repeat is a new, paid task. Raises `RequestInvalid` (one line per fault), `Conflict` (another request
-        has the id), `ValueError` (the form of the id).
+        has the id), `ValueError` (the form of the id), `SettingsInvalid` (no credentials of the provider).
         """
         submitted = self._parts.submitter.submit(request, external_task_id=external_task_id)
         return self.status(submitted.task.external_task_id)

@@ -193,6 +193,7 @@ class Parts:
             create_step,
             public_url=self.settings.public_url,
             lease_seconds=lease_seconds,
+            has_credentials=bool(self.settings.kling_api_key or self.settings.kling_access_key),
         )
 
     @cached_property

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 from sqlmodel import Session
 
+from receiver.base.config import SettingsInvalid
 from receiver.base.tokens import Tokens
 from receiver.providers.base import (
     Provider,
@@ -68,6 +69,7 @@ class Submitter:
         *,
         public_url: str | None,
         lease_seconds: float,
+        has_credentials: bool,
     ) -> None:
         self._database = database
         self._provider = provider
@@ -76,6 +78,7 @@ class Submitter:
         self.create_step = create_step
         self._public_url = public_url
         self._lease_seconds = lease_seconds
+        self._has_credentials = has_credentials
 
     def submit(
         self,
@@ -91,8 +94,11 @@ class Submitter:
         a task that exists at the provider under this id, also if the row failed here because of it, or was adopted
         without its request. The same id with the same request returns the task that exists and sends nothing. A task
         that is not yet accepted, or for which no slots or no disk space are free, is returned in state `created`, and a
-        worker continues it. Raises `RequestInvalid` (one line per fault), `IdInvalid` and `Conflict`.
+        worker continues it. Raises `RequestInvalid` (one line per fault), `IdInvalid`, `Conflict`, and without
+        credentials `SettingsInvalid`.
         """
+        if not self._has_credentials:  # the create would pause the account, also for workers that have a key
+            raise SettingsInvalid("no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY")
         wanted = self.parse(request) if isinstance(request, Mapping) else request
         external_task_id = external_task_id or str(uuid.uuid4())
 

@@ -6,6 +6,7 @@ import hashlib
 import random
 import threading
 import uuid
+from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +15,7 @@ from sqlmodel import update
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
+from receiver.base.config import SettingsInvalid
 from receiver.providers.kling.client import Kling
 from receiver.sandbox import Sandbox
 from receiver.tasks.create_step import NOT_FOUND_AGAIN_SECONDS, UNREAD_TRIES
@@ -21,6 +23,7 @@ from receiver.tasks.operate import Operator
 from receiver.tasks.submit import Conflict
 from receiver.tasks.task_view import is_over
 from receiver.workers.worker import Worker
+from storage.bucket.bucket import Bucket
 from storage.database import free_space
 from storage.errors import DatabaseUnavailable
 from storage.rows.claims import BACKOFF_CAP_SECONDS
@@ -191,6 +194,16 @@ def test_base64_input_is_kept_as_its_hash_once_the_create_is_settled(parts: Part
     assert kept == [{"image": {"sha256": hashlib.sha256(picture).hexdigest(), "bytes": len(picture)}}]
     assert [body["image_list"] for body in creates(sandbox)] == [images, images]
     assert parts.submitter.submit({**REQUEST, "image_list": images}, external_task_id=ID).new is False
+
+
+def test_a_program_without_credentials_does_not_pause_the_account_of_others(
+    parts: Parts, database_url: str, bucket: Bucket, sandbox: Sandbox
+) -> None:
+    without = Parts(settings_for(database_url, bucket, sandbox, kling_api_key=None))
+    with closing(without), pytest.raises(SettingsInvalid, match="nothing was sent: set RECEIVER_KLING_API_KEY"):
+        without.submitter.submit(REQUEST, external_task_id=ID)
+    assert submit_request(parts).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 1
 
 
 # -- credentials and addresses ------------------------------------------------------------------------------------
