@@ -18,7 +18,6 @@ from starlette.responses import Response
 from receiver.console.shares import Shares
 from receiver.console.visit import Visit
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.rows.models import Callback, Event
 
 log = structlog.get_logger()
@@ -111,8 +110,8 @@ class Live:
         while not self._is_closing:
             try:
                 seen = await run_in_threadpool(self._look)
-            except (DatabaseUnavailable, StoreUnavailable) as error:
-                log.info("console.live_updates_paused", error=str(error))
+            except Exception as error:  # noqa: BLE001 - it may get no thread; open pages would be live without updates
+                log.info("console.live_updates_paused", error=repr(error))
             else:
                 if self._pace.is_due(seen, asyncio.get_running_loop().time()):
                     self._announce()

@@ -219,6 +219,29 @@ def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -
         assert next(line for line in lines if line.startswith("event:")) == "event: change"
 
 
+@pytest.mark.databases("sqlite")
+def test_live_updates_go_on_after_a_look_that_got_no_thread(
+    parts: Parts, ann: Reader, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_thread, failed = live.run_in_threadpool, threading.Event()
+
+    async def without_thread(look: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("can't start new thread")
+        return await in_thread(look)
+
+    monkeypatch.setattr(live, "run_in_threadpool", without_thread)
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 4.0)
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("event:"))
+        assert next(lines) == "event: hello" and failed.wait(5)
+        time.sleep(2)  # the state under test: the next look has been made
+        insert_row(parts)
+        assert "event: change" in islice(lines, 3)
+
+
 def test_open_stream_ends_within_a_heartbeat_of_the_log_out(
     ann: Reader, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
