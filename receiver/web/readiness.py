@@ -18,14 +18,16 @@ FRESH_SECONDS = 1.0
 PATIENCE_SECONDS = 0.5
 # As long as a delivery has from its body to its commit. A database that takes longer has failed.
 HANG_SECONDS = 5.0
+# Load balancers ask every 30 s or more often. A monitor that asks once in some minutes must not get the result of then.
+RECENT_SECONDS = 45.0
 
 
 class Readiness:
     """The latest result of `check`: "ok" or the fault, by the name of the check. Used in one event loop.
 
     `check` runs in a thread, only on demand, at most once a second and never twice at a time. The caller that starts a
-    check waits up to 0.5 s for it, others get the previous result. Callers before the first result wait for it. A check
-    that takes more than 5 s hangs, and `if_hanging` is its result.
+    check waits up to 0.5 s for it, others get the previous result. Callers wait for the first result, and for one after
+    a pause of 45 s. A check that takes more than 5 s hangs, and `if_hanging` is its result.
     """
 
     def __init__(self, check: Callable[[], dict[str, str]], if_hanging: Mapping[str, str]) -> None:
@@ -36,13 +38,15 @@ class Readiness:
         self._thread = CapacityLimiter(1)
         self._started_at = float("-inf")
         self._result: dict[str, str] = {}
+        self._ended_at = float("-inf")
 
     async def checks(self) -> dict[str, str]:
         """A copy of the latest result."""
-        patience = PATIENCE_SECONDS if self._result else HANG_SECONDS
+        is_recent = time.monotonic() < self._ended_at + RECENT_SECONDS
+        patience = PATIENCE_SECONDS if is_recent else HANG_SECONDS
         if self._begin() and self._checking is not None:
             await asyncio.wait({self._checking}, timeout=patience)
-        elif self._checking is not None and not self._result:
+        elif self._checking is not None and not is_recent:
             await asyncio.wait({self._checking}, timeout=self._started_at + patience - time.monotonic())
         is_hanging = self._checking is not None and time.monotonic() >= self._started_at + HANG_SECONDS
         return dict(self._if_hanging if is_hanging or not self._result else self._result)
@@ -66,4 +70,4 @@ class Readiness:
             log.exception("readiness.check_failed")
             self._result = dict.fromkeys(self._if_hanging, "the check failed, see the log")
         finally:
-            self._checking = None
+            self._checking, self._ended_at = None, time.monotonic()

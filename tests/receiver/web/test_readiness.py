@@ -77,6 +77,20 @@ def test_check_that_hangs_is_not_ready_and_delays_nobody(
     wait_until(lambda: ready_status(web) == 200)
 
 
+@ON_SQLITE
+def test_caller_that_asks_seldom_gets_no_result_of_then(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ready_status(web) == 200
+    monkeypatch.setattr(readiness, "HANG_SECONDS", 2 * readiness.PATIENCE_SECONDS)
+    monkeypatch.setattr(readiness, "RECENT_SECONDS", 0.5)
+    time.sleep(readiness.FRESH_SECONDS)
+    with parts.database.write() as session:
+        session.execute(text("DELETE FROM worker"))
+        assert ready_status(web) == 503
+    wait_until(lambda: ready_status(web) == 200)
+
+
 @pytest.fixture
 def silent_store(parts: Parts) -> Iterator[socket.socket]:
     """A store that takes connections and never answers."""
