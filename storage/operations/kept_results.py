@@ -71,8 +71,9 @@ class KeptResults(Generic[K, V]):
             wanted = dict.fromkeys([*self._wanted, *due])
             self._wanted = dict.fromkeys(sorted(wanted, key=self._read_at))
             if self._wanted and self._thread is None and not self._closing.is_set():
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, daemon=True)
+                thread.start()
+                self._thread = thread  # started: else a later call tries again
             self._waiting += 1
             self._changed.wait_for(lambda: self._wanted.keys().isdisjoint(due), AT_ONCE_SECONDS)
             self._waiting -= 1

@@ -34,7 +34,11 @@ class SampleAudit:
             if self.is_running:
                 return False
             self.is_running, self.counts, self.findings, self.problem, self.by = True, Counts(), [], "", person
-        threading.Thread(target=self._run, daemon=True).start()
+        try:
+            threading.Thread(target=self._run, daemon=True).start()
+        except RuntimeError:  # got no thread; a later call tries again
+            self.is_running = False
+            raise
         return True
 
     def _run(self) -> None:

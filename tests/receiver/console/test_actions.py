@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +20,7 @@ from receiver.batch.batch import Batches, Plan
 from receiver.sandbox import Sandbox
 from receiver.tasks.task_view import report
 from storage.operations import outbox
+from storage.operations.sample_audit import SampleAudit
 from storage.rows import events
 from storage.rows.events import PERSON_ACTED, EventName
 from storage.rows.models import Asset, Batch, Dispatch, Event, Task
@@ -584,6 +586,19 @@ def test_sample_audit_shows_its_findings(parts: Parts, ann: Reader) -> None:
 
     page = wait_until(lambda: (found := ann.page("/archive")) and "Done" in found and found)
     assert re.search(r"missing</span> <span class=\"mono\">" + re.escape(str(asset.key)), page)
+
+
+def test_sample_audit_that_got_no_thread_can_be_started_again(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    audit = SampleAudit(parts.database, parts.bucket)
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            audit.start("ann")
+    assert audit.start("ann")
+    wait_until(lambda: not audit.is_running)
 
 
 def test_archive_page_says_what_was_not_tried_at_the_store(ann: Reader) -> None:

@@ -42,6 +42,21 @@ def kept(database: Database, reading: Reading, monkeypatch: pytest.MonkeyPatch) 
     made.close()
 
 
+@pytest.mark.databases("sqlite")
+def test_a_reading_that_got_no_thread_is_tried_again(
+    kept: KeptResults[int, int], reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            kept.of([1])
+    reading.may.release(1)
+    wait_until(lambda: kept.of([1]) == {1: 10})
+
+
 def all_of(kept: KeptResults[int, int], *keys: int) -> dict[int, int]:
     return wait_until(lambda: (found := kept.of(keys)) and len(found) == len(keys) and found, seconds=60)
 
