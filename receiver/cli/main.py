@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -68,11 +69,10 @@ def _open_standard_streams() -> None:
 
 
 def main() -> None:
-    """Entry point. A known fault prints its own lines and exits with 1. Anything else is a bug and prints a
-    traceback.
-    """
+    """Entry point. A known fault prints its own lines and exits with 1; anything else is a bug with a traceback."""
     _open_standard_streams()
     threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: a command says what it leaves
     try:
         _refuse_undecodable(sys.argv[1:])
         code = app(standalone_mode=False) or 0

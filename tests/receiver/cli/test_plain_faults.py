@@ -169,13 +169,16 @@ def test_submit_whose_remarks_cannot_be_written_prints_the_id(ready: CommandLine
     assert ready("status", (ready.folder / out).read_text().strip()).code == 0
 
 
-def test_ctrl_c_during_a_create_names_the_task(ready: CommandLine, sandbox: Sandbox, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_create_names_the_task(
+    ready: CommandLine, sandbox: Sandbox, tmp_path: Path, number: signal.Signals
+) -> None:
     sandbox.set(create_faults=["hang:created"], hang_seconds=30)
     err = tmp_path / "err"
     process = Forked(ASK, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
     try:
         wait_until(lambda: len(sandbox.ledger().tasks) == 1, seconds=25)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(20) != 0
     finally:
         process.kill()
