@@ -32,11 +32,14 @@ def accidents(parts: Parts) -> dict[str, Any]:
     waiting = insert_row(parts)
     row = deliver(parts, waiting, {"task_id": "7", "task_status": "processing"})
     unmatched = deliver(parts, None, {"task_id": "8", "task_status": "processing"})
+    later = parts.database.now() + timedelta(hours=1)
     with parts.database.write() as session:
         of_task = update(Callback).where(col(Callback.id) == row.id)
         session.execute(of_task.values(received_at=LONG_AGO, task_id=task.id))
         session.execute(update(Event).values(at=LONG_AGO))
         session.execute(update(Task).where(col(Task.id) == task.id).values(request=ASKED))
+        # Its read is far off: one that is due already is no change.
+        session.execute(update(Task).where(col(Task.id) == waiting.id).values(due_at=later))
     return {
         "retry": lambda operator: operator.retry(str(asset.id)),
         "retry_failed": lambda operator: operator.retry_failed(limit=10),
