@@ -48,7 +48,8 @@ class Readiness:
             await asyncio.wait({self._checking}, timeout=patience)
         elif self._checking is not None and not is_recent:
             await asyncio.wait({self._checking}, timeout=self._started_at + patience - time.monotonic())
-        is_hanging = self._checking is not None and time.monotonic() >= self._started_at + HANG_SECONDS
+        has_hung = not is_recent or time.monotonic() >= self._started_at + HANG_SECONDS  # a wait may end a little early
+        is_hanging = self._checking is not None and has_hung
         return dict(self._if_hanging if is_hanging or not self._result else self._result)
 
     def latest(self) -> dict[str, str]:
