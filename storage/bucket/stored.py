@@ -17,7 +17,7 @@ from storage.bucket import multipart
 from storage.bucket.listings import entries
 from storage.bucket.probe import whole_checksum
 from storage.bucket.store_connection import StoreConnection
-from storage.bucket.store_errors import NoSuchObject, status
+from storage.bucket.store_errors import NoSuchObject, code, status
 from storage.errors import StoreUnavailable
 
 MAX_LINK_SECONDS = 7 * 24 * 3600  # limit of AWS Signature Version 4 for presigned URLs
@@ -189,6 +189,6 @@ class StoredObjects(StoreConnection):
                         self._client().abort_multipart_upload(**place)
                         count += 1
             except boto_errors.ClientError as error:
-                if status(error) not in (404, 405, 501):
+                if status(error) not in (404, 405, 501) or code(error) == "NoSuchBucket":
                     raise
         return count

@@ -315,6 +315,8 @@ def test_missing_credentials_are_named(bucket: Bucket, seaweed: Seaweed, monkeyp
 def test_missing_bucket_is_named(bucket: Bucket, seaweed: Seaweed) -> None:
     with pytest.raises(StoreUnavailable, match=r"has no such bucket \(bucket elsewhere"):
         put(Bucket("elsewhere", endpoint_url=seaweed.endpoint_url), "a.png", b"one")
+    with pytest.raises(StoreUnavailable, match="has no such bucket"):
+        Bucket("elsewhere", endpoint_url=seaweed.endpoint_url).abort_uploads("a")
 
 
 @pytest.mark.usefixtures("s3_environment")
