@@ -153,16 +153,18 @@ class Rebuild:
         """Give the row of an older backup, which never ended an archive, the archive in the bucket. Returns whether it
         did. Otherwise its create would be sent again, or its files fetched, which the provider may have deleted.
         """
-        free = (col(Task.lease).is_(None), col(Task.manifest_key).is_(None), col(Task.deleted_at).is_(None))
-        if found.problems or task.archive is not ArchiveState.ARCHIVED:
+        is_whole = task.archive is ArchiveState.ARCHIVED and not found.problems
+        there = tasks.lock(session, task.id) if is_whole else None
+        if there is None or there.lease or there.manifest_key or there.deleted_at:
             return False
+        told = {asset.id for asset in tasks.assets_read(session, task.id) if asset.state is AssetState.ARCHIVED}
+        if there.state is not TaskState.SUCCEEDED:
+            record(session, EventName.TASK_SUCCEEDED, task.id)
         values = task.model_dump(exclude_unset=True) | claims.NOT_DUE | {"step": None, "slots": 0, "queued_at": None}
-        if not run(session, update(Task).where(col(Task.id) == task.id, *free).values(values)).rowcount:
-            return False
+        run(session, update(Task).where(col(Task.id) == task.id).values(values))
         session.execute(delete(Asset).where(col(Asset.task_id) == task.id))
-        record(session, EventName.TASK_SUCCEEDED, task.id)
         files = [file_facts(asset) for asset in found.assets]
-        for facts in files:
+        for facts in (file_facts(asset) for asset in found.assets if asset.id not in told):
             record(session, EventName.ASSET_ARCHIVED, task.id, facts)
         end = {"manifest": task.manifest_key, "files": len(files), "note": task.note, "assets": files}
         record(session, EventName.TASK_ARCHIVED, task.id, end)

@@ -27,7 +27,7 @@ from storage.archive.rebuild import Problem, Rebuild, asset_from
 from storage.archive.repair import Repairer
 from storage.errors import NoSuchTask
 from storage.rows.models import Asset, Callback, Task, TaskAlias
-from storage.states import ArchiveState, AssetState, Step
+from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.archived_tasks import REQUEST, all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.pipeline import Wired, assets_of, insert_row, kept, run, task_of
@@ -136,6 +136,28 @@ def test_rows_of_an_older_backup_get_the_archive_in_the_bucket(parts: Parts, emp
     assert len(sandbox.ledger().creates) == 2
     (audited,) = [batch.counts for batch in Audit(empty.database, empty.bucket, deep=True).run()]
     assert (audited.hashed, audited.faults) == (2, 0)
+
+
+@BOTH
+def test_a_rebuild_records_no_event_that_the_backup_has(parts: Parts, empty: Parts) -> None:
+    """Its archive lacked the manifest alone."""
+    (task,) = archive(parts, 1)
+    known = {
+        "id",
+        "external_task_id",
+        "request",
+        "request_hash",
+        "created_at",
+        "provider",
+        "provider_task_id",
+        "expected",
+    }
+    with empty.database.write() as session:
+        session.add(Task(**task.model_dump(include=known), state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING))
+        session.flush()
+        session.add(Asset(**all_assets(parts)[0].model_dump()))
+    assert rebuild(empty)[0]["tasks"] == 1
+    assert event_names(empty.database, task) == ["task.archived"]
 
 
 def test_old_callback_urls_and_work_continue_after_rebuild(parts: Parts, empty: Parts) -> None:
