@@ -177,11 +177,11 @@ class Database:
         SQLite's own locks would stay taken in the child. It then waited for ever inside its turn, and so did every
         writer of the file.
         """
-        is_open = self._unavailable
+        unavailable = self._unavailable
 
         @contextmanager
         def unforked() -> Iterator[None]:
-            with forks.unforked(), is_open():
+            with forks.unforked(), unavailable():
                 yield
 
         if self.is_sqlite:

@@ -187,20 +187,22 @@ def dead(session: Session, row: Dispatch, error: str) -> None:
 
 
 _DISPATCHES = Dispatch.__table__.c  # type: ignore[attr-defined]
-_IN_CHAIN = (IS_OPEN, _DISPATCHES.sink == bindparam("to"), _DISPATCHES.task_id == bindparam("of"))
-_FIRST_OPEN = select(_DISPATCHES.id).where(*_IN_CHAIN).order_by(_DISPATCHES.id).limit(1).with_for_update()
-_NEXT = select(_DISPATCHES.id).where(*_IN_CHAIN).order_by(_DISPATCHES.id).limit(1).scalar_subquery()
-_NEXT_DUE = update(Dispatch.__table__).values(claims.due())  # type: ignore[attr-defined]
-_NEXT_DUE = _NEXT_DUE.where(_DISPATCHES.id == _NEXT, _DISPATCHES.due_at.is_(None))
+_FIRST_OPEN = select(_DISPATCHES.id).where(
+    IS_OPEN, _DISPATCHES.sink == bindparam("to"), _DISPATCHES.task_id == bindparam("of")
+)
+_FIRST_OPEN = _FIRST_OPEN.order_by(_DISPATCHES.id).limit(1)
+_LOCK_FIRST = _FIRST_OPEN.with_for_update()
+_FIRST_DUE = update(Dispatch.__table__).values(claims.due())  # type: ignore[attr-defined]
+_FIRST_DUE = _FIRST_DUE.where(_DISPATCHES.id == _FIRST_OPEN.scalar_subquery(), _DISPATCHES.due_at.is_(None))
 
 
 def _end(session: Session, row: Dispatch, state: DispatchState, error: str | None) -> None:
     now, chain = db_now(), {"to": row.sink, "of": row.task_id}
     if row.task_id is not None:  # Two ends at once would each wait for the other to make the next one due.
-        execute(session, _FIRST_OPEN, chain)
+        execute(session, _LOCK_FIRST, chain)
     claims.settle(session, row, due_in=None, state=state, tries=row.tries + 1, error=error, settled_at=now)
     if row.task_id is not None:
-        execute(session, _NEXT_DUE, chain)
+        execute(session, _FIRST_DUE, chain)
 
 
 def _is_for(sink: str) -> Any:
