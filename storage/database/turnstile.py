@@ -71,7 +71,7 @@ class Turnstile:
         self._free = threading.Condition(lock)  # of ordinary threads, which wait for a free turn
         self._ordinary_waiting = 0
         self._inside = 0  # threads of this turn
-        self._is_shared = self._is_writing = self._is_closing = False
+        self._is_shared = self._is_writing = self._is_closing = self._has_closed = False
         self._file: TextIO | None = None
         self._blocked_since: float | None = None
         self._watcher: threading.Thread | None = None
@@ -115,7 +115,9 @@ class Turnstile:
             self._inside -= 1
             if not self._inside:
                 self._is_shared = False
-                if self._file is not None:
+                if self._has_closed:
+                    self._close_file()
+                elif self._file is not None:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
             self._wake()
 
@@ -208,14 +210,20 @@ class Turnstile:
         )
 
     def close(self) -> None:
-        """Wait until no thread is inside, at most `CLOSE_SECONDS`, and let none in meanwhile."""
+        """Wait until no thread is inside, at most `CLOSE_SECONDS`, and let none in meanwhile. A later turn closes the
+        file at its end.
+        """
         with self._changed:
-            self._is_closing = True
+            self._is_closing = self._has_closed = True
             try:
-                is_empty = self._changed.wait_for(lambda: not self._inside, CLOSE_SECONDS)
-                if self._file is not None and is_empty:
-                    self._file.close()
-                    self._file = None
+                if self._changed.wait_for(lambda: not self._inside, CLOSE_SECONDS):
+                    self._close_file()
             finally:
                 self._is_closing = False
                 self._wake()
+
+    def _close_file(self) -> None:
+        """Close it, which releases its lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -167,3 +167,4 @@ def test_closing_does_not_wait_for_a_process_that_keeps_the_lock(
             pool.submit(turnstile.close).result(SECONDS)
             assert not waits.done()
         waits.result(SECONDS)
+    assert turnstile._file is None
