@@ -178,8 +178,7 @@ def submit(
             say(again, err=True)
             raise typer.Exit(1) from None
         if wait:
-            counts = _watch(parts, name, report)
-            _show(parts, name, counts, as_json=as_json)
+            _show(parts, name, _watch(parts, name, report), as_json=as_json)
         else:
             _show_put(parts, plan, new, as_json=as_json)
 

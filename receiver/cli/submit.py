@@ -97,7 +97,8 @@ def submit(
             raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
         fields = {**_from_file(request), **given}
         with opened(allow_http, migrate=True, store=store, asks_provider=True, pays=True) as parts:
-            external_task_id = external_task_id or fields.get("external_task_id") or str(uuid.uuid4())
+            if external_task_id is None:
+                external_task_id = fields.get("external_task_id") or str(uuid.uuid4())
             with _named(external_task_id, DatabaseUnavailable):
                 task = _submit(parts, fields, external_task_id, adopt)
             with _named(external_task_id):

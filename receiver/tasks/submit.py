@@ -100,7 +100,7 @@ class Submitter:
         if not self._has_credentials:  # the create would pause the account, also for workers that have a key
             raise SettingsInvalid("no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY")
         wanted = self.parse(request) if isinstance(request, Mapping) else request
-        external_task_id = external_task_id or str(uuid.uuid4())
+        external_task_id = str(uuid.uuid4()) if external_task_id is None else external_task_id
 
         def commit() -> tuple[Task, bool]:
             task = self.row(wanted, external_task_id, adopt=adopt)

@@ -162,6 +162,12 @@ def test_submit_whose_output_cannot_be_written_names_the_task_that_was_paid(
     assert len(sandbox.ledger().tasks) == 1
 
 
+def test_submit_with_an_id_that_a_script_left_empty_sends_nothing(ready: CommandLine, sandbox: Sandbox) -> None:
+    done = ready(*ASK, "--external-task-id", "")
+    assert (done.code, done.out) == (1, "") and "external_task_id is empty" in done.err
+    assert not sandbox.ledger().tasks
+
+
 def test_submit_whose_remarks_cannot_be_written_prints_the_id(ready: CommandLine) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     variables, out = {**environment, **ready.variables, "RECEIVER_KLING_BASE_URL": "http://127.0.0.1:9"}, "out"

@@ -103,3 +103,11 @@ def test_the_pages_own_example_is_sent_without_its_empty_strings(parts: Parts, s
     element = {"element_list": [{"element_id": 835266081714884677}], "n": 1}
     parts.submitter.submit({**REQUEST, **element, **empty})
     assert creates(sandbox)[0].keys() == {*REQUEST, *element, "callback_url", "external_task_id"}
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_an_empty_id_is_refused_where_the_caller_names_it(parts: Parts, sandbox: Sandbox) -> None:
+    """It would be a new task at each repetition, and each is paid."""
+    with pytest.raises(ValueError, match="external_task_id is empty"):
+        submit_request(parts, "")
+    assert not creates(sandbox)
