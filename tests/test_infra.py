@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import http.client
+import json
 import os
 import re
 import shutil
@@ -200,6 +201,17 @@ def test_secrets_are_made_once_and_kept_from_others(secrets: Path) -> None:
     assert secrets.stat().st_mode & 0o777 == 0o700
     subprocess.run([INFRA / "make-secrets", secrets], timeout=30, check=True, capture_output=True)
     assert {path.name: path.read_text() for path in secrets.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "value", ["pics", '"pics"', "'pics' # ours", "pics # ours", "pics\r", "old\nRECEIVER_S3_BUCKET=pics"]
+)
+def test_the_stores_identity_opens_the_bucket_that_compose_reads_in_the_env_file(tmp_path: Path, value: str) -> None:
+    shutil.copy(INFRA / "make-secrets", tmp_path)
+    (tmp_path / ".env").write_bytes(f"PUBLIC_HOST=localhost\nRECEIVER_S3_BUCKET={value}\n".encode())
+    subprocess.run([tmp_path / "make-secrets"], timeout=30, check=True, capture_output=True)
+    (identity,) = json.loads((tmp_path / "secrets" / "seaweedfs_s3").read_text())["identities"]
+    assert identity["actions"] == ["Read:pics", "Write:pics", "List:pics", "Tagging:pics"]
 
 
 def _read_as_web(secrets: Path, monkeypatch: pytest.MonkeyPatch, **env_file: str) -> Settings:
