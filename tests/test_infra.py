@@ -178,6 +178,7 @@ def test_secrets_reach_the_containers_from_files_and_the_sandbox_gets_none() -> 
 def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
     assert SERVICES["web"]["environment"]["RECEIVER_WORKERS"] == "0"
     assert (SERVICES["sandbox"]["profiles"], SERVICES["worker"]["command"]) == (["sandbox"], ["work"])
+    assert SERVICES["worker"]["scale"] == "${WORKERS:-1}"  # not `up --scale`, which the next `up` takes back
     for name in ("web", "worker"):
         assert SERVICES[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
 
