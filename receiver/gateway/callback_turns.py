@@ -8,10 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from storage.circuit import PAUSE_CAP_SECONDS
+from storage.fetch.client import MAX_RETRY_AFTER_SECONDS
 
 # A host without an answer so far, or whose last answer took longer, gets one callback at a time.
 QUICK_SECONDS = 1.0
 FIRST_GUESS_SECONDS = 0.1
+# Callbacks that wait for longer than this return one behind the other. A worker claims 80 a second: 20,000 to a host
+# that was down, each of which returned after 30 s, kept every callback of other clients waiting for over four minutes.
+LONG_SECONDS = PAUSE_CAP_SECONDS / 2
+RETURNS_A_SECOND = 10
 # Hosts and clients that are remembered. If a client invents more host names, only the speed of other hosts is
 # forgotten.
 MAX_LINES = 1_000
@@ -20,13 +25,14 @@ MAX_LINES = 1_000
 @dataclass
 class _Line:
     """The calls to one host or of one client. `seconds`: the duration of the last. `free_at`: when the postponed ones
-    are done.
+    are done. `back_at`: when the last of those with the longest wait returns.
     """
 
     calls: int = 0
     began_at: float = 0.0
     seconds: float | None = None
     free_at: float = 0.0
+    back_at: float = 0.0
 
     @property
     def is_quick(self) -> bool:
@@ -46,6 +52,12 @@ class _Line:
         step = max(self.seconds or FIRST_GUESS_SECONDS, now - self.began_at)
         self.free_at = min(max(self.free_at, now) + step, now + PAUSE_CAP_SECONDS)
         return self.free_at - now
+
+    def put_off_longest(self, now: float) -> float:
+        """Longer waits than an hour would count as set by a wrong clock (`receiver.workers.clock_steps`)."""
+        behind = max(self.back_at, now + PAUSE_CAP_SECONDS) + 1 / RETURNS_A_SECOND
+        self.back_at = min(behind, now + MAX_RETRY_AFTER_SECONDS)
+        return self.back_at - now
 
 
 class CallbackTurns:
@@ -67,7 +79,8 @@ class CallbackTurns:
             now = self._now()
             for line, share in ((of_host, self._share if of_host.is_quick else 1), (of_client, self._share)):
                 if line.calls >= share:
-                    return line.put_off(now)
+                    wait = line.put_off(now)
+                    return wait if wait < LONG_SECONDS else of_client.put_off_longest(now)
             of_host.begin(now)
             of_client.begin(now)
             return 0.0
@@ -77,6 +90,11 @@ class CallbackTurns:
         with self._lock:
             for line in (self._line("host", host), self._line("client", client)):
                 line.end(self._now(), seconds)
+
+    def put_off_longest(self, client: str) -> float:
+        """Seconds until a callback of this client, to a host that is down, is to be tried again."""
+        with self._lock:
+            return self._line("client", client).put_off_longest(self._now())
 
     def _line(self, kind: str, name: str) -> _Line:
         while (kind, name) not in self._lines and len(self._lines) >= MAX_LINES:

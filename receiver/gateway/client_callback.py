@@ -21,7 +21,7 @@ from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, Sin
 from receiver.events.http_post import Poster
 from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, Results, callback_body
 from receiver.gateway.callback_turns import CallbackTurns
-from storage.circuit import PAUSE_CAP_SECONDS, Circuit
+from storage.circuit import Circuit
 from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.operations import outbox
@@ -89,7 +89,8 @@ class Clients:
             return NotTried("others are before it", after=wait)
         began = time.monotonic()
         try:
-            return self._post(task.client_callback_url, host, body, self._headers(task.client, message, body))
+            headers = self._headers(task.client, message, body)
+            return self._post(task.client_callback_url, host, client, body, headers)
         finally:
             self._turns.end(host, client, time.monotonic() - began)
 
@@ -99,11 +100,11 @@ class Clients:
         signed = Signer(secrets).headers(callback_id(message.id), body, datetime.now(UTC))
         return {"Content-Type": MEDIA_TYPE, **signed}
 
-    def _post(self, url: str, host: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+    def _post(self, url: str, host: str, client: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
         circuit = self._circuit(host)
         with circuit.grant(1) as grant:
             if not grant.count:
-                return NotTried("its host is down", after=PAUSE_CAP_SECONDS)
+                return NotTried("its host is down", after=self._turns.put_off_longest(client))
             began = time.monotonic()
             try:
                 outcome = self._poster.post(url, body, headers).outcome()

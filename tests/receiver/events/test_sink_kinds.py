@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -32,13 +33,15 @@ from receiver.app.wiring import Parts
 from receiver.base.signature import client_secret
 from receiver.events import sqs
 from receiver.events.cloudevents import event_id
-from receiver.events.dispatcher import NotTried, SinkRefused, SinkSilent, SinkUnavailable
+from receiver.events.dispatcher import Message, NotTried, SinkRefused, SinkSilent, SinkUnavailable
 from receiver.events.lines import STDOUT, Lines
 from receiver.events.sqs import Sqs
 from receiver.gateway import client_callback
 from receiver.gateway.api_keys import fingerprint
+from receiver.gateway.callback_turns import CallbackTurns
 from receiver.gateway.gateway import OMNI_IMAGE
 from receiver.sandbox import Sandbox
+from receiver.workers.clock_steps import USUAL_SECONDS
 from storage import circuit
 from storage.database.sessions import Database
 from storage.operations import outbox
@@ -278,6 +281,28 @@ def test_each_host_has_its_own_circuit(database: Database) -> None:
         rows = dispatches(database)
         assert [row.tries for row in rows] == [1, 1, 1, 0, 0]
         assert {row.state for row in rows} == {DispatchState.DUE}
+
+
+@pytest.mark.usefixtures("long_pause")
+def test_callbacks_to_a_host_that_is_down_return_one_behind_the_other(database: Database) -> None:
+    """A worker claims 80 a second. If thousands returned every 30 s, those of other clients would wait behind them."""
+    with client_case_of(database) as (case, hook):
+        case.fail()
+        record_steps(database, case, STEPS[0])
+        with database.read() as session:
+            [event] = session.exec(select(Event).where(Event.name == STEPS[0]))
+        outcomes = [case.sink.send([Message("id", event, None, b"")])[0] for _ in range(103)]
+    waits = [outcome.after for outcome in outcomes if isinstance(outcome, NotTried)]
+    assert len(hook.got) == 3 and len(waits) == 100
+    assert max(waits) > 33  # 40 without the time that the test takes
+
+
+def test_callbacks_to_a_slow_host_return_one_behind_the_other() -> None:
+    turns = CallbackTurns(client_callback.THREADS, lambda: 0)
+    assert turns.begin("slow", "a") == 0
+    waits = [turns.begin("slow", "a") for _ in range(40_000)]
+    assert max(Counter(map(int, waits[:1_000])).values()) < 12 and waits[-1] == USUAL_SECONDS
+    assert turns.begin("quick", "a") == 0
 
 
 @pytest.fixture
