@@ -153,9 +153,9 @@ class Rebuild:
         """Give the row of an older backup, which never ended an archive, the archive in the bucket. Returns whether it
         did. Otherwise its create would be sent again, or its files fetched, which the provider may have deleted.
         """
-        is_whole = task.archive is ArchiveState.ARCHIVED and not found.problems
-        there = tasks.lock(session, task.id) if is_whole else None
-        if there is None or there.lease or there.manifest_key or there.deleted_at:
+        there = None if found.problems or task.archive is not ArchiveState.ARCHIVED else tasks.lock(session, task.id)
+        held_until = there.due_at if there and there.lease else None  # a backup holds leases of then, which have ended
+        if there is None or there.manifest_key or there.deleted_at or (held_until and held_until > tasks.now(session)):
             return False
         told = {asset.id for asset in tasks.assets_read(session, task.id) if asset.state is AssetState.ARCHIVED}
         if there.state is not TaskState.SUCCEEDED:

@@ -121,7 +121,8 @@ def test_rows_of_an_older_backup_get_the_archive_in_the_bucket(parts: Parts, emp
         known = {"id", "external_task_id", "request", "request_hash", "created_at"}
         waiting = {"step": Step.CREATE, "slots": -1, "queued_at": LONG_AGO, "batch_id": batch_id}
         session.add(Task(**queued.model_dump(include=known), **waiting, provider="kling"))
-    due = insert_row(empty, **read.model_dump(include=known), provider_task_id=read.provider_task_id)
+    in_hand = {"lease": uuid.uuid4(), "due_at": LONG_AGO}  # by a worker of then
+    due = insert_row(empty, **read.model_dump(include=known), **in_hand, provider_task_id=read.provider_task_id)
     with empty.database.write() as session:
         new_asset(session, due, 0)
     counts, problems = rebuild(empty)
