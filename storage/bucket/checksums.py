@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -20,11 +19,10 @@ from storage.errors import StoreUnavailable
 PART_BYTES = 6 * 1024 * 1024
 MAX_PARTS = 10_000  # S3's limit
 CHANGED = "the file changed on our disk before it was stored; retrying"
-MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 class Evidence(NamedTuple):
-    """From one put. `checksum_agrees`: None = the store names no checksum. `etag_agrees`: None = its ETag is no MD5."""
+    """From one put. `checksum_agrees`: None = the store names none. `etag_agrees`: None = it was not compared."""
 
     checksum_agrees: bool | None
     etag_agrees: bool | None
@@ -35,9 +33,9 @@ def evidence_of(answer: Mapping[str, Any], sha256: str, md5: str | None) -> Evid
     """Compare a store's answer with our checksums. `sha256`: base64. `md5`: hex, None where no ETag can be one."""
     named, etag = answer.get("ChecksumSHA256"), str(answer.get("ETag", ""))
     plain = etag.strip('"')
-    # With SSE-KMS the ETag looks like an MD5 but is not one.
-    is_md5 = md5 is not None and MD5.fullmatch(plain) and "kms" not in answer.get("ServerSideEncryption", "")
-    return Evidence(None if named is None else named == sha256, plain == md5 if is_md5 else None, etag)
+    # With SSE-KMS the ETag looks like an MD5 but is not one. Any other that is no MD5 may be that of a proxy's page.
+    is_compared = md5 is not None and plain and "kms" not in answer.get("ServerSideEncryption", "")
+    return Evidence(None if named is None else named == sha256, plain == md5 if is_compared else None, etag)
 
 
 def md5_of(file: BinaryIO, sha256: str | None = None) -> str:

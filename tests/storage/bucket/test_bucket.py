@@ -422,14 +422,15 @@ def test_put_succeeds_if_the_store_returns_no_or_a_wrong_checksum(
     assert content_of(through_proxy, "a.png") == b"one"
 
 
+@pytest.mark.parametrize("etag", [{}, {"etag": '"65a1b2c3-1f4"'}], ids=["no ETag", "ETag of a file"])
 @pytest.mark.parametrize("believes", ["sha256", "md5"])
 def test_page_in_place_of_the_store_is_no_proof_of_a_put(
-    proxy: FaultProxy, through_proxy: Bucket, believes: str
+    proxy: FaultProxy, through_proxy: Bucket, believes: str, etag: dict[str, str]
 ) -> None:
     """A proxy that answers 200 while the store is down, in front of one that names no checksum."""
     refuses = {"refuses_wrong_checksum": believes == "sha256", "refuses_wrong_md5": True}
     through_proxy._capabilities = replace(AWS_LIKE, returns_checksum=False, **refuses)
-    page = Answer(200, {"content-type": "text/html"}, b"<html>down for maintenance</html>")
+    page = Answer(200, {"content-type": "text/html", **etag}, b"<html>down for maintenance</html>")
     proxy.fault = lambda request, forward: page if request.puts_an_object else forward(request)
     with pytest.raises(StoreUnavailable, match="there is no object"):
         put(through_proxy, "a.png", b"one")

@@ -24,7 +24,7 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
         ({"ChecksumSHA256": SUM, "ETag": f'"{MD5}"'}, True, True),
         ({"ChecksumSHA256": "other", "ETag": f'"{"0" * 32}"'}, False, False),
         ({}, None, None),
-        ({"ETag": '"0123456789abcdef0123456789abcdef-3"'}, None, None),
+        ({"ETag": '"0123456789abcdef0123456789abcdef-3"'}, None, False),
         ({"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "aws:kms"}, None, None),
         ({"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "AES256"}, None, False),
     ],
