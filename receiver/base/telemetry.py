@@ -62,7 +62,7 @@ WORK = {
         "late_seconds": ("callback_max_delay_seconds", "The longest such delay"),
         "events_open": (
             "events_open",
-            "Events that are not delivered yet, counted per sink; without a number: once",
+            "Events that are not delivered yet, counted per sink; without a number: once. Without clients' callbacks",
         ),
         "oldest_event_seconds": ("oldest_event_seconds", "Age of the oldest of them"),
         "events_dead": (

@@ -77,10 +77,10 @@ class Measures:
     h, at least five minutes ago, and asked for a callback. `callbacks_lost`: those of them whose end no callback
     reported. `callbacks_late`: tasks whose callback came after a read had reported the end. `late_seconds`: the longest
     of those delays. `events_open`: undelivered events, counted per sink, and once if they have no number yet.
-    `oldest_event_seconds`: age of the oldest of them. `events_dead`: events that were given up, without the callbacks
-    of the gateway's clients, which only `sinks` has. `audit_…`: the continuous audit: current faults, files hashed in
-    this round, completed share of it (0 to 1), whether it is late (0 or 1), seconds since the last complete round (None
-    = no round has ended). `accounts`, `sinks`: by name.
+    `oldest_event_seconds`: age of the oldest of them. `events_dead`: events that were given up. All three are without
+    the callbacks of the gateway's clients, which only `sinks` has. `audit_…`: the continuous audit: current faults,
+    files hashed in this round, completed share of it (0 to 1), whether it is late (0 or 1), seconds since the last
+    complete round (None = no round has ended). `accounts`, `sinks`: by name.
     """
 
     due: int
@@ -305,11 +305,11 @@ def _events(session: Session, now: datetime) -> dict[str, Any]:
         age = (now - first).total_seconds() if first else 0.0
         sinks[name] = replace(sinks.get(name, SinkMeasures()), events_open=count, oldest_event_seconds=age)
     unnumbered, unnumbered_age = events.unnumbered(session)
-    ages = [unnumbered_age, *(each.oldest_event_seconds for each in sinks.values())]
+    own = [each for name, each in sinks.items() if name != outbox.CLIENTS]
     return {
-        "events_open": sum(each.events_open for each in sinks.values()) + unnumbered,
-        "oldest_event_seconds": max(ages),
-        "events_dead": sum(each.events_dead for name, each in sinks.items() if name != outbox.CLIENTS),
+        "events_open": sum(each.events_open for each in own) + unnumbered,
+        "oldest_event_seconds": max([unnumbered_age, *(each.oldest_event_seconds for each in own)]),
+        "events_dead": sum(each.events_dead for each in own),
         "sinks": dict(sorted(sinks.items())),
     }
 

@@ -229,13 +229,17 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
     for sink, state, age in (("a", "due", 60), ("a", "due", 10), ("a", "dead", 90), ("b", "dead", 5), ("b", "due", 5)):
         tell(parts, sink, DispatchState(state), seconds_ago=age)
     tell(parts, "c", DispatchState.DELIVERED, seconds_ago=5)
+    tell(parts, client_callback.NAME, DispatchState.DUE, seconds_ago=900)  # its host is no fault of the receiver
     found = measured(parts)
     counts = {name: (each.events_open, each.events_dead) for name, each in found.sinks.items()}
-    assert counts == {"a": (2, 1), "b": (1, 1)}
+    assert counts == {"a": (2, 1), "b": (1, 1), client_callback.NAME: (1, 0)}
     oldest = found.sinks["a"].oldest_event_seconds
     assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
     assert (found.events_open, found.events_dead) == (3, 2)
-    assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
+    assert (
+        "0 due · events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up · events to client: 1 wait"
+        in show.summary(found)
+    )
 
 
 def test_dismissal_ends_the_alarm_of_files_that_were_given_up(parts: Parts) -> None:
