@@ -173,7 +173,7 @@ def submit(
             if is_file_name and not as_json and any(not fault.line for fault in error.faults):
                 say("--name NAME gives the batch a name", err=True)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # SIGTERM
             again = "stopped: the inserted lines go on; the same command inserts the rest, and none twice"
             say(again, err=True)
             raise typer.Exit(1) from None
@@ -286,7 +286,7 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
         counts = batch_view.watch(
             look, alive, Console(stderr=True), lambda: show.pausing(parts), lambda: show.waiting(parts)
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # SIGTERM
         say(f"stopped watching; the workers go on; {_next(name)}", err=True)
         raise typer.Exit(1) from None
     for path in report:

@@ -206,7 +206,7 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
             _wait(parts, task, as_json)
         else:
             _acknowledge(parts, task, as_json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # SIGTERM
         command = f"receiver status {as_argument(task.external_task_id)}"
         say(f"stopped waiting; the workers go on; `{command}` shows the task", err=True)
         raise typer.Exit(1) from None

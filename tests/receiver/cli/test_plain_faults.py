@@ -347,12 +347,13 @@ def test_a_request_from_standard_input_may_have_a_byte_order_mark(ready: Command
     assert "is not JSON" not in done.err and done.code == 0, done.err
 
 
-def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path, number: signal.Signals) -> None:
     err, words = tmp_path / "err", (*ASK, "--external-task-id", "a b", "--wait")
     process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
     try:
         wait_until(lambda: err.exists() and "waiting 30 s" in err.read_text(), seconds=25)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(20) == 1
     finally:
         process.kill()
