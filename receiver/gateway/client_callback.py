@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -17,7 +18,7 @@ from pydantic import SecretStr
 from sqlmodel import col, select
 
 from receiver.base.signature import Signer, client_secret
-from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, SinkRefused
+from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, SinkRefused, SinkUnavailable
 from receiver.events.http_post import Poster
 from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, Results, callback_body
 from receiver.gateway.callback_turns import CallbackTurns
@@ -37,8 +38,11 @@ THREADS = 8
 TIMEOUT_SECONDS = 5.0
 # An answer that takes longer counts as a failure of its host, like no answer.
 SLOW_SECONDS = 2.5
+# A host without a success for this long is not expected back soon: its callbacks follow the schedule, at whose end they
+# are given up. Until then they are sent within half a minute of its return, and count no try that was not made.
+LONG_DOWN_SECONDS = 3_600.0
 # Hosts with a circuit. If a client invents more host names, only the outages of other hosts are forgotten.
-MAX_CIRCUITS = 1_000
+MAX_HOSTS = 1_000
 
 
 def callback_id(event_id: str) -> str:
@@ -58,6 +62,18 @@ def events(results: Results) -> frozenset[str]:
     return frozenset(str(name) for name in (*STATUS_OF_EVENT, *ends))
 
 
+@dataclass
+class _Host:
+    """`down_since`: the first failure since the last success, in monotonic seconds."""
+
+    circuit: Circuit = field(default_factory=Circuit)
+    down_since: float | None = None
+
+    @property
+    def is_long_down(self) -> bool:
+        return self.down_since is not None and time.monotonic() - self.down_since >= LONG_DOWN_SECONDS
+
+
 class Clients:
     """A `dispatcher.Sink`. Signed if there are `secrets`, with a secret of the client derived from each. Kling's own
     callbacks are not signed, so clients do not require it.
@@ -74,7 +90,7 @@ class Clients:
         self._secrets = secrets
         self._response_format = response_format
         self._turns = CallbackTurns(THREADS)
-        self._circuits: dict[str, Circuit] = {}
+        self._hosts: dict[str, _Host] = {}
         self._lock = threading.Lock()
 
     def send(self, messages: Sequence[Message]) -> list[Outcome]:
@@ -100,20 +116,25 @@ class Clients:
         signed = Signer(secrets).headers(callback_id(message.id), body, datetime.now(UTC))
         return {"Content-Type": MEDIA_TYPE, **signed}
 
-    def _post(self, url: str, host: str, client: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
-        circuit = self._circuit(host)
-        with circuit.grant(1) as grant:
+    def _post(self, url: str, name: str, client: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
+        host = self._host(name)
+        with host.circuit.grant(1) as grant:
             if not grant.count:
-                return NotTried("its host is down", after=self._turns.put_off_longest(client))
+                kind = SinkUnavailable if host.is_long_down else NotTried
+                return kind("its host is down", after=self._turns.put_off_longest(client))
             began = time.monotonic()
             try:
                 outcome = self._poster.post(url, body, headers).outcome()
             except (Retry, GiveUp) as error:
                 outcome = error
             if isinstance(outcome, Retry) or time.monotonic() - began > SLOW_SECONDS:
-                circuit.failed()
+                host.circuit.failed()
             elif outcome is None or isinstance(outcome, SinkGone):
-                circuit.succeeded()  # a refusal of one message says nothing about the host
+                host.circuit.succeeded()  # a refusal of one message says nothing about the host
+            if isinstance(outcome, Retry):
+                host.down_since = host.down_since or began
+            elif outcome is None:  # also a slow one
+                host.down_since = None
         # A 410 concerns this URL alone.
         return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome
 
@@ -135,11 +156,11 @@ class Clients:
             task, assets, event.name, at=event.at, earlier=earlier, response_format=self._response_format
         )
 
-    def _circuit(self, host: str) -> Circuit:
+    def _host(self, name: str) -> _Host:
         with self._lock:
-            while host not in self._circuits and len(self._circuits) >= MAX_CIRCUITS:
-                self._circuits.pop(next(iter(self._circuits)))
-            return self._circuits.setdefault(host, Circuit())
+            while name not in self._hosts and len(self._hosts) >= MAX_HOSTS:
+                self._hosts.pop(next(iter(self._hosts)))
+            return self._hosts.setdefault(name, _Host())
 
     def check(self) -> str:
         return "each client's own address"

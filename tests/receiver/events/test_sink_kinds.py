@@ -52,6 +52,7 @@ from tests.harness import ROOT, wait_until
 from tests.loopback import Listener, ScriptedServer
 from tests.pipeline import Web, working
 from tests.sink_pairs import (
+    RETRY_SECONDS,
     STEPS,
     Case,
     client_case_of,
@@ -295,6 +296,36 @@ def test_callbacks_to_a_host_that_is_down_return_one_behind_the_other(database: 
     waits = [outcome.after for outcome in outcomes if isinstance(outcome, NotTried)]
     assert len(hook.got) == 3 and len(waits) == 100
     assert max(waits) > 33  # 40 without the time that the test takes
+
+
+@pytest.mark.usefixtures("long_pause")
+def test_callbacks_to_a_host_that_stays_down_are_given_up_after_the_schedule(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial every 30 s ends few callbacks. Otherwise those of a host that is gone waited for ever."""
+    monkeypatch.setattr(client_callback, "LONG_DOWN_SECONDS", 0)
+    with client_case_of(database) as (case, hook):
+        case.fail()
+        for _ in range(6):
+            record_steps(database, case, STEPS[0])
+        for _ in range(len(RETRY_SECONDS) + 1):
+            run(database, case, make_due_now=True)
+        assert len(hook.got) == 3
+    rows = dispatches(database)
+    assert {(row.state, row.error) for row in rows} == {(DispatchState.DEAD, "its host is down")}
+
+
+def test_a_slow_host_that_takes_its_callbacks_is_not_given_up(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLOW_SECONDS", "LONG_DOWN_SECONDS"):
+        monkeypatch.setattr(client_callback, name, 0)
+    monkeypatch.setattr(circuit, "FIRST_PAUSE_SECONDS", 30)
+    with client_case_of(database) as (case, _):
+        for _ in range(5):
+            record_steps(database, case, STEPS[0])
+        run(database, case)
+    assert [row.tries for row in dispatches(database)] == [1, 1, 1, 0, 0]
 
 
 def test_callbacks_to_a_slow_host_return_one_behind_the_other() -> None:
