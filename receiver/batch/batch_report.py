@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from receiver.batch.batch import Batches
-from storage.accounts import batches
+from receiver.tasks.task_view import facts_of
 from storage.database.sessions import Database
 from storage.local_folder import LocalFolder
-from storage.rows.models import Asset, Task
+from storage.rows import tasks
+from storage.rows.models import Asset
 from storage.states import AssetState
 
 if TYPE_CHECKING:
@@ -35,27 +36,11 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 def lines(database: Database, of: Batches, name: str) -> Iterator[dict[str, Any]]:
     """Every task of the batch in the order of its file. Raises `NoSuchBatch`."""
-    for tasks in of.pages(name):
+    for page in of.pages(name):
         with database.read() as session:
-            files = batches.files_of(session, [task.id for task in tasks])
-        for task in tasks:
-            yield _line(task, files.get(task.id, []))
-
-
-def _line(task: Task, files: list[Asset]) -> dict[str, Any]:
-    return {
-        "line": task.batch_line,
-        "external_task_id": task.external_task_id,
-        "task_id": str(task.id),
-        "provider_task_id": task.provider_task_id,
-        "state": task.state,
-        "archive": task.archive,
-        "expected": task.expected,
-        "units": task.units,
-        "error": task.error,
-        "note": task.note,
-        "files": [_file(asset) for asset in files],
-    }
+            files = tasks.assets_of_all(session, [task.id for task in page])
+        for task in page:
+            yield {"line": task.batch_line, **facts_of(task), "files": [_file(asset) for asset in files[task.id]]}
 
 
 def _file(asset: Asset) -> dict[str, Any]:

@@ -105,6 +105,15 @@ def _report(
     bucket: Bucket, task: Task, assets: Sequence[Asset], timeline: Sequence[tuple[str, datetime]]
 ) -> dict[str, Any]:
     return {
+        **facts_of(task),
+        "assets": [_asset(bucket, asset) for asset in assets],
+        "events": [{"name": name, "at": at.isoformat()} for name, at in timeline],
+    }
+
+
+def facts_of(task: Task) -> dict[str, Any]:
+    """The task's own part of this JSON, and of its line in the report of a batch."""
+    return {
         "external_task_id": task.external_task_id,
         "task_id": str(task.id),
         "provider_task_id": task.provider_task_id,
@@ -114,8 +123,6 @@ def _report(
         "units": task.units,
         "error": task.error,
         "note": task.note,
-        "assets": [_asset(bucket, asset) for asset in assets],
-        "events": [{"name": name, "at": at.isoformat()} for name, at in timeline],
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import unicodedata
 import uuid
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -174,15 +173,6 @@ def page(session: Session, batch_id: uuid.UUID, after: tuple[int, str] | None) -
         later = (col(Task.batch_line) == line) & (col(Task.external_task_id) > external_id)
         found = found.where((col(Task.batch_line) > line) | later)
     return list(session.exec(found.order_by(col(Task.batch_line), Task.external_task_id).limit(CHUNK)))
-
-
-def files_of(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
-    """The files of these tasks by task id, each list by kind, originals last, and index."""
-    found = select(Asset).where(col(Asset.task_id).in_(task_ids))
-    files = defaultdict(list)
-    for asset in session.exec(found.order_by(Asset.kind, Asset.original, col(Asset.index))):
-        files[asset.task_id].append(asset)
-    return files
 
 
 def not_kept(session: Session, batch_id: uuid.UUID, *, dismissed: bool = True) -> list[uuid.UUID]:

@@ -170,19 +170,10 @@ def exact(session: Session, words: str, providers: Sequence[str] = ()) -> Task |
     """The task with exactly this id: our own, or an id that one of these providers uses for it."""
     if not words or not is_plain(words):
         return None
-    found = tasks.by_external_id(session, words)
-    if found is not None:
+    if found := tasks.by_name(session, words):
         return found
-    try:
-        return session.get(Task, uuid.UUID(words))
-    except ValueError:
-        owners = (aliases.by_provider_id(session, provider, words) for provider in providers)
-        return next((session.get(Task, owner) for owner in owners if owner), None)
-
-
-def files_of(session: Session, rows: Sequence[Task]) -> dict[uuid.UUID, list[Asset]]:
-    """The files of these tasks in reading order."""
-    return batches.files_of(session, [row.id for row in rows])
+    owners = (aliases.by_provider_id(session, provider, words) for provider in providers)
+    return next((session.get(Task, owner) for owner in owners if owner), None)
 
 
 def dispatches_of(session: Session, events: Sequence[Event]) -> dict[int, list[Dispatch]]:
@@ -216,8 +207,8 @@ def is_kept(asset: Asset) -> bool:
 
 def kept_files_of(session: Session, rows: Sequence[Task]) -> dict[uuid.UUID, list[Asset]]:
     """The archived files of each of these tasks in reading order."""
-    files = files_of(session, rows)
-    return {row.id: [each for each in files.get(row.id, []) if is_kept(each)] for row in rows}
+    files = tasks.assets_of_all(session, [row.id for row in rows])
+    return {task_id: [each for each in found if is_kept(each)] for task_id, found in files.items()}
 
 
 def newest_batches(session: Session, before: str | None, limit: int = PAGE) -> Page:

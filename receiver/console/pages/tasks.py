@@ -82,7 +82,7 @@ class Tasks:
                 return visit.redirect(path_of(found))
             lead, before = self._of.deadline_seconds, visit.query.get("before")
             page = lists.newest_tasks(session, wanted, before, lead_seconds=lead)
-            files = lists.files_of(session, page.rows)
+            files = tasks.assets_of_all(session, [task.id for task in page.rows])
             names = lists.batch_names(session, page.rows)
         return visit.page(
             "tasks.html", wanted=wanted, rows=page, files=files, batch_names=names, path_of=path_of,
