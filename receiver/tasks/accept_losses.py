@@ -11,11 +11,11 @@ from storage.archive import manifest
 from storage.archive.accepted_losses import accepted_of, record_accepted
 from storage.archive.audit import FindingKind, manifests_up_to
 from storage.archive.continuous_audit import clear_fault
-from storage.archive.folders import external_id_of, folder_of, manifest_number
+from storage.archive.folders import external_id_of, folder_of, manifest_beside, manifest_number
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
-from storage.keys import as_argument, manifest_name
+from storage.keys import as_argument
 from storage.rows import tasks
 from storage.rows.models import Task
 
@@ -68,9 +68,8 @@ def _why_not(session: Session, task: Task | None, key: str) -> str | None:
 
 def _digest_in_next(bucket: Bucket, key: str) -> str | None:
     """The digest of an earlier manifest as the next one names it; None if that one does not or cannot be read."""
-    name = manifest_name((manifest_number(key) or 0) + 1)
     try:
-        members = manifest.read(bucket.read_bytes(f"{key.rpartition('/')[0]}/{name}", manifest.MAX_MANIFEST_BYTES))
+        members = manifest.read_at(bucket, manifest_beside(key, (manifest_number(key) or 0) + 1))
     except (NoSuchObject, ValueError):
         return None
     digest = members.get("predecessor")

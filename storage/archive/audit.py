@@ -29,13 +29,13 @@ from storage.archive.folders import (
     current_folder,
     external_id_of,
     in_batches,
+    manifest_beside,
     manifest_number,
     walk,
 )
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
-from storage.keys import manifest_name
 from storage.rows.models import Asset, Task
 from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState
@@ -229,7 +229,7 @@ class Audit:
     def _read_manifest(self, task: Task, assets: list[Asset]) -> list[Finding]:
         key = str(task.manifest_key)
         try:
-            members = manifest.read(self.bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
+            members = manifest.read_at(self.bucket, key)
             detail = disagreement(task, assets, members)
         except NoSuchObject:
             return [Finding(FindingKind.MANIFEST_MISSING, key, task.external_task_id, "there is no such object")]
@@ -254,7 +254,7 @@ class Audit:
 
     def _fault_of_returned(self, task: Task, loss: Loss) -> str | None:
         try:
-            members = manifest.read(self.bucket.read_bytes(loss.key, manifest.MAX_MANIFEST_BYTES))
+            members = manifest.read_at(self.bucket, loss.key)
         except NoSuchObject:
             return "it was listed and cannot be read"
         except ValueError as error:
@@ -338,9 +338,7 @@ def disagreement(task: Task, assets: list[Asset], members: dict[str, Any]) -> st
 
 def manifests_up_to(last: str) -> list[str]:
     """The keys of all manifests up to `last`."""
-    folder = last.rpartition("/")[0]
-    names = (manifest_name(number) for number in range(1, (manifest_number(last) or 1) + 1))
-    return [f"{folder}/{name}" for name in names]
+    return [manifest_beside(last, number) for number in range(1, (manifest_number(last) or 1) + 1)]
 
 
 class _Chooser:

@@ -17,11 +17,10 @@ from sqlmodel import col, select
 
 from storage.archive import manifest
 from storage.archive.accepted_losses import accepted_of
-from storage.archive.folders import FOLDER, in_batches
+from storage.archive.folders import FOLDER, in_batches, manifest_beside
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
-from storage.keys import manifest_name
 from storage.local_folder import LocalFolder
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
@@ -80,9 +79,8 @@ class Export:
             elif asset.key and (asset.error or "").startswith(DISMISSED):
                 exported.accepted.append((asset.key, f"given up: {asset.error}"))
         if task.manifest_key:
-            folder = task.manifest_key.rpartition("/")[0]
             for number in range(1, task.manifests + 1):
-                key = f"{folder}/{manifest_name(number)}"
+                key = manifest_beside(task.manifest_key, number)
                 digest = task.manifest_digest if key == task.manifest_key else None
                 self._count(exported, key, partial(self._export_manifest, key, digest))
         self._accept(exported, task)

@@ -21,6 +21,7 @@ from storage.archive.accepted_losses import Loss, accepted_of
 from storage.bucket.bucket import PROBE_FOLDER, Bucket
 from storage.bucket.stored import Listed
 from storage.database.sessions import Database
+from storage.keys import manifest_name
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
 
@@ -79,6 +80,11 @@ def manifest_number(key: str) -> int | None:
     """1 for `manifest.json`, 2 for `manifest.2.json`, …; None for any other object."""
     match = MANIFEST.fullmatch(key.rpartition("/")[2])
     return int(match[1] or 1) if match else None
+
+
+def manifest_beside(key: str, number: int) -> str:
+    """The key of that manifest in the folder of this key."""
+    return f"{key.rpartition('/')[0]}/{manifest_name(number)}"
 
 
 def sweep_uploads(bucket: Bucket, *, older_than_seconds: float = ORPHAN_AFTER_SECONDS) -> int:

@@ -148,7 +148,7 @@ class Finisher:
 
     def _digest_of(self, key: str) -> str | None:
         try:
-            return str(read(self._bucket.read_bytes(key, MAX_MANIFEST_BYTES))["digest"])
+            return str(read_at(self._bucket, key)["digest"])
         except ManifestDamaged:
             return None
 
@@ -246,6 +246,11 @@ def _members(dumped: Mapping[str, bytes]) -> bytes:
 
 class ManifestDamaged(ValueError):
     """These bytes are no manifest of ours, or were changed since. The message says which."""
+
+
+def read_at(bucket: Bucket, key: str) -> dict[str, Any]:
+    """`read` of the object with this key. Raises `NoSuchObject` too."""
+    return read(bucket.read_bytes(key, MAX_MANIFEST_BYTES))
 
 
 def read(content: bytes) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Rebuild:
         numbers = {number: key for key in objects if (number := manifest_number(key))}
         for number in sorted(numbers, reverse=True):
             try:
-                members = manifest.read(self._bucket.read_bytes(numbers[number], manifest.MAX_MANIFEST_BYTES))
+                members = manifest.read_at(self._bucket, numbers[number])
                 self._restore(found, folder, numbers[number], members, objects)
                 assert found.task
                 found.task.manifests = max(numbers)  # the next manifest gets a higher number than every existing one

@@ -13,12 +13,12 @@ from sqlmodel import Session, col
 
 from storage.archive import manifest
 from storage.archive.audit import ENDED, Finding, FindingKind
-from storage.archive.folders import manifest_number
+from storage.archive.folders import manifest_beside, manifest_number
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database, run
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
-from storage.keys import manifest_name, object_key
+from storage.keys import object_key
 from storage.rows import claims, reports, tasks
 from storage.rows.models import Asset, Task
 from storage.spool import spool
@@ -154,9 +154,9 @@ class Repairer:
 
         By the key: `manifests` is that number already if an earlier repair waits for its worker.
         """
-        number, folder = (manifest_number(str(task.manifest_key)) or 1) - 1, str(task.manifest_key).rpartition("/")[0]
+        key = str(task.manifest_key)
+        number = (manifest_number(key) or 1) - 1
         try:
-            content = self._bucket.read_bytes(f"{folder}/{manifest_name(number)}", manifest.MAX_MANIFEST_BYTES)
-            return number, str(manifest.read(content)["digest"])
+            return number, str(manifest.read_at(self._bucket, manifest_beside(key, number))["digest"])
         except (NoSuchObject, ValueError):
             return number, None
