@@ -79,15 +79,6 @@ class BadSignature(Exception):
 
 
 @dataclass(frozen=True)
-class Created:
-    """The answer to a create. `body`: canonical JSON of the task record; `parse` reads it as `report`."""
-
-    provider_task_id: str
-    report: Report
-    body: bytes = field(repr=False)
-
-
-@dataclass(frozen=True)
 class Record:
     """One task as the provider describes it. `body`: canonical JSON of the record without its envelope."""
 
@@ -174,9 +165,10 @@ class Provider(Protocol):
     def result_hosts(self) -> tuple[str, ...]:
         """Hosts from which this provider serves results, each with all hosts below it."""
 
-    def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Created:
-        """Create a task, once. `AlreadyExists`: the id was used before. `Unavailable` with `sent`: the task may
-        exist.
+    def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Record:
+        """Create a task, once. The record has the provider's id.
+
+        `AlreadyExists`: the id was used before. `Unavailable` with `sent`: the task may exist.
         """
 
     def read(self, *, provider_task_id: str | None, external_task_id: str) -> Record | None:
@@ -185,12 +177,8 @@ class Provider(Protocol):
         Also raises `NoSuchCall`: the list may have the task nevertheless.
         """
 
-    def read_many(
-        self, *, provider_task_ids: Sequence[str] = (), external_task_ids: Sequence[str] = ()
-    ) -> dict[str, Record] | None:
-        """Read up to 20 tasks by one kind of id. Returns {id: record} of those found; None if there is no batch
-        call.
-        """
+    def read_many(self, external_task_ids: Sequence[str]) -> dict[str, Record] | None:
+        """Read up to 20 tasks by our ids. Returns {id: record} of those found; None if there is no batch call."""
 
     def list_page(self, page: int, size: int) -> list[Record]:
         """Read one page of the account's tasks, from 1, with `size` tasks each. An empty list means that the page is

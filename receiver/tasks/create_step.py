@@ -26,7 +26,7 @@ import structlog
 from sqlalchemy import and_, bindparam, exists, or_
 from sqlmodel import Session, col, select
 
-from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
+from receiver.providers.base import AlreadyExists, Provider, Unavailable
 from receiver.providers.task_lookup import is_namesake, read_task
 from receiver.tasks.apply_deliveries import decide_again
 from receiver.tasks.create_outcome import CreateOutcome
@@ -197,7 +197,7 @@ class CreateStep:
             self._settle_refusal(task, error, outcome_listener)
         else:
             self._end_trial(trial, None)
-            self._accept(task, created)
+            self._settle(task, created.report)
 
     def _end_trial(self, trial: Trial, error: Retry | ProviderRejected | None) -> None:
         """Report the answer to the pauses whose trial this create was. `error` None: the create was accepted."""
@@ -293,7 +293,7 @@ class CreateStep:
                 self._unanswered(task, error)
             return
         if record is not None and (task.adopt or _is_ours(task, record.report, already, self._database.now())):
-            self._accept(task, record)
+            self._settle(task, record.report)
         elif self._was_called_back(task):
             self._accept_unfound(task)
         elif record is None and not already:
@@ -357,9 +357,6 @@ class CreateStep:
             log.info("task.create_retry_scheduled", **facts)
         else:
             log.warning("task.create_retry_scheduled", **facts)
-
-    def _accept(self, task: Task, answer: Created | Record) -> None:
-        self._settle(task, answer.report)
 
     def _was_called_back(self, task: Task) -> bool:
         with self._database.read() as session:

@@ -91,7 +91,7 @@ class Reader:
         """Settle the tasks that one batch call answers by our own ids. Returns the rows without an answer."""
         try:
             self._limit.wait(name)
-            found = self._providers[name].read_many(external_task_ids=[row.external_task_id for row in rows])
+            found = self._providers[name].read_many([row.external_task_id for row in rows])
         except (Retry, GiveUp) as error:
             for row in rows:
                 self._unanswered(row, error)

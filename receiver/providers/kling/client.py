@@ -20,7 +20,6 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from receiver.providers import http_api
 from receiver.providers.base import (
-    Created,
     Estimate,
     ProxyUnavailable,
     Record,
@@ -131,7 +130,7 @@ class Kling:
     def close(self) -> None:
         self._api.close()
 
-    def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Created:
+    def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Record:
         fields = {**request, "external_task_id": external_task_id}
         if callback_url:
             fields["callback_url"] = callback_url
@@ -141,8 +140,7 @@ class Kling:
             raise Unavailable(f"the create answer names no task ({answer.words})")
         if not status_word(record):
             record = {**record, "task_status": "submitted"}  # some gateways answer with the id alone
-        created = _readable_record(record)
-        return Created(created.report.provider_task_id or "", created.report, created.body)
+        return _readable_record(record)
 
     def read(self, *, provider_task_id: str | None, external_task_id: str) -> Record | None:
         for task_id in dict.fromkeys((provider_task_id, external_task_id)):
@@ -161,30 +159,23 @@ class Kling:
             raise Unavailable(f"the answer holds no task ({answer.words})")
         return _readable_record(record)
 
-    def read_many(
-        self, *, provider_task_ids: Sequence[str] = (), external_task_ids: Sequence[str] = ()
-    ) -> dict[str, Record] | None:
-        ids = provider_task_ids or external_task_ids
-        if len(ids) > MAX_BATCH_IDS or (provider_task_ids and external_task_ids):
-            raise ValueError(f"at most {MAX_BATCH_IDS} ids, of one kind")
+    def read_many(self, external_task_ids: Sequence[str]) -> dict[str, Record] | None:
+        if len(external_task_ids) > MAX_BATCH_IDS:
+            raise ValueError(f"at most {MAX_BATCH_IDS} ids")
         if self._api_key is None:  # a JWT is answered 401/1002 there (observed)
             return None
-        parameter = "task_ids" if provider_task_ids else "external_task_ids"
-        asked = [task_id for task_id in ids if "," not in task_id]
+        asked = [task_id for task_id in external_task_ids if "," not in task_id]
         if not asked:
             return {}
         query = ",".join(quote(task_id, safe="") for task_id in asked)
         try:
-            answer = self._request("GET", f"{BATCH_PATH}?{parameter}={query}")
+            answer = self._request("GET", f"{BATCH_PATH}?external_task_ids={query}")
         except (ProviderRejected, AccountRefused, NotKling):
             return None
         listed = _listed(answer)
         if listed is None:
             return None
-        named = {
-            record.report.provider_task_id if provider_task_ids else record.report.external_task_id: record
-            for record in listed
-        }
+        named = {record.report.external_task_id: record for record in listed}
         return {task_id: named[task_id] for task_id in asked if task_id in named}
 
     def list_page(self, page: int, size: int) -> list[Record]:

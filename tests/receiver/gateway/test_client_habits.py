@@ -96,7 +96,7 @@ def test_a_compressed_body_is_answered_with_the_reason(web: Web) -> None:
 
 
 def test_an_adopted_task_is_found_by_klings_own_id(web: Web, parts: Parts) -> None:
-    theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None).provider_task_id
+    theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None).report.provider_task_id
     assert status_and_code(call(web, "GET", f"{PATH}/{theirs}")) == (400, 1201)
     Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit).take([theirs])
     found = call(web, "GET", f"{PATH}/{theirs}").json()["data"]

@@ -346,7 +346,7 @@ def test_an_id_used_before_already_exists(web: Web, parts: Parts, sandbox: Sandb
 @ON_SQLITE
 def test_an_id_that_exists_at_the_provider_alone_already_exists(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
-    sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
+    sandbox.world.tasks[theirs.report.provider_task_id].created_ms -= 3_600_000
     answer = create(web, {**PLAIN, "external_task_id": ID})
     assert status_and_code(answer) == (400, 1201)
     assert "already exists" in answer.json()["message"]
@@ -429,7 +429,7 @@ def test_refusal_after_the_client_left_only_changes_the_row(code: str, parts: Pa
 def test_a_refusal_is_not_sent_when_another_worker_owns_the_row(parts: Parts, sandbox: Sandbox) -> None:
     """The id exists already. While that task is read, another worker gets the row."""
     theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
-    sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
+    sandbox.world.tasks[theirs.report.provider_task_id].created_ms -= 3_600_000
     sandbox.set(query_faults=["hang"], hang_seconds=1)
     task = parts.submitter.row(parse_request(PLAIN), ID)
     with parts.database.write() as session:

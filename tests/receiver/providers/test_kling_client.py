@@ -191,7 +191,7 @@ def test_create_without_a_public_url_sends_no_callback_url(server: Scripted, kli
 def test_create_returns_the_task_and_a_body_that_parses_to_the_same(server: Scripted, kling: Kling) -> None:
     server.answer(payload("create-answer"))
     created = create(kling)
-    assert created.provider_task_id == "901234567890123456"
+    assert created.report.provider_task_id == "901234567890123456"
     assert created.report.status is TaskState.SUBMITTED
     assert created.report.external_task_id == "7b0e9c52-2f5b-4c5e-9d6a-0c9a1d1f4e77"
     assert kling.parse(created.body) == created.report
@@ -201,7 +201,7 @@ def test_create_returns_the_task_and_a_body_that_parses_to_the_same(server: Scri
 def test_a_gateways_bare_create_answer_is_a_submitted_task(server: Scripted, kling: Kling, answer: Any) -> None:
     server.answer(answer)
     created = create(kling)
-    assert (created.provider_task_id, created.report.status) == ("9", TaskState.SUBMITTED)
+    assert (created.report.provider_task_id, created.report.status) == ("9", TaskState.SUBMITTED)
 
 
 @pytest.mark.parametrize("code", [1200, 1201, 1202, 1203, 1300, 1301])
@@ -374,10 +374,10 @@ def test_an_answer_behind_another_is_not_taken_for_that_of_the_next_request(
 
     server.answer(answer_twice)
     server.answer({"code": 0, "data": {"task_id": "10", "task_status": "processing"}})
-    assert create(kling).provider_task_id == "9"
+    assert create(kling).report.provider_task_id == "9"
     with contextlib.suppress(Unavailable):
-        assert create(kling).provider_task_id == "10"
-    assert create(kling).provider_task_id == "10"
+        assert create(kling).report.provider_task_id == "10"
+    assert create(kling).report.provider_task_id == "10"
 
 
 def zeros(megabytes: int) -> bytes:
@@ -408,13 +408,13 @@ def test_a_coded_answer_takes_no_more_memory_than_its_bound(
 @pytest.mark.parametrize("coding", ["gzip", "X-Gzip"])
 def test_one_layer_of_gzip_is_decoded(server: Scripted, kling: Kling, coding: str) -> None:
     server.answer(gzip.compress(json.dumps(OK_TASK).encode()), Content_Encoding=coding)
-    assert create(kling).provider_task_id == "9"
+    assert create(kling).report.provider_task_id == "9"
 
 
 @pytest.mark.parametrize("coding", ["identity", "UTF-8", "aws-chunked", ""])
 def test_a_name_that_is_no_coding_changes_nothing(server: Scripted, kling: Kling, coding: str) -> None:
     server.answer(OK_TASK, Content_Encoding=coding)
-    assert create(kling).provider_task_id == "9"
+    assert create(kling).report.provider_task_id == "9"
 
 
 def test_a_failed_handshake_was_certainly_not_sent(server: Scripted, make: Callable[..., Kling]) -> None:
@@ -507,18 +507,11 @@ def test_an_id_stays_one_path_segment(server: Scripted, kling: Kling, task_id: s
     assert server.asked[0][1] == f"/kling/v1/images/omni-image/{segment}"
 
 
-def test_many_tasks_are_read_in_one_call(server: Scripted, kling: Kling) -> None:
+def test_many_tasks_are_read_in_one_call_by_our_ids(server: Scripted, kling: Kling) -> None:
     server.answer({"code": 0, "data": [payload("callback-new-shape"), {"odd": 1}, {"id": "7", "status": "failed"}]})
-    found = kling.read_many(provider_task_ids=["901234567890123459", "8"])
+    found = kling.read_many(["2f8b4e0e-3d55-4c1d-a0f0-6a1b9f0a7c33", "a&b", "a,b"])
     assert found is not None
-    assert list(found) == ["901234567890123459"]
-    assert server.asked[0][1] == "/kling/tasks?task_ids=901234567890123459,8"
-
-
-def test_many_tasks_are_read_by_our_ids(server: Scripted, kling: Kling) -> None:
-    server.answer({"code": 0, "data": [payload("callback-new-shape")]})
-    found = kling.read_many(external_task_ids=["2f8b4e0e-3d55-4c1d-a0f0-6a1b9f0a7c33", "a&b", "a,b"])
-    assert found is not None
+    assert list(found) == ["2f8b4e0e-3d55-4c1d-a0f0-6a1b9f0a7c33"]
     assert found["2f8b4e0e-3d55-4c1d-a0f0-6a1b9f0a7c33"].report.status is TaskState.SUCCEEDED
     assert server.asked[0][1] == "/kling/tasks?external_task_ids=2f8b4e0e-3d55-4c1d-a0f0-6a1b9f0a7c33,a%26b"
 
@@ -535,15 +528,13 @@ def test_many_tasks_are_read_by_our_ids(server: Scripted, kling: Kling) -> None:
 )
 def test_missing_batch_call_returns_none(server: Scripted, kling: Kling, status: int, body: Any) -> None:
     server.answer(body, status)
-    assert kling.read_many(provider_task_ids=["1"]) is None
+    assert kling.read_many(["1"]) is None
 
 
-def test_a_batch_is_at_most_twenty_of_one_kind(kling: Kling) -> None:
+def test_a_batch_is_at_most_twenty(kling: Kling) -> None:
     with pytest.raises(ValueError, match="20"):
-        kling.read_many(provider_task_ids=["1"] * 21)
-    with pytest.raises(ValueError, match="one kind"):
-        kling.read_many(provider_task_ids=["1"], external_task_ids=["2"])
-    assert kling.read_many() == {}
+        kling.read_many(["1"] * 21)
+    assert kling.read_many([]) == {}
 
 
 def test_entries_of_a_page_that_are_not_tasks_are_skipped(server: Scripted, kling: Kling) -> None:
@@ -602,7 +593,7 @@ def test_clock_set_back_makes_a_new_jwt(server: Scripted, signing: Kling, clock:
 def test_expired_jwt_is_replaced_once(server: Scripted, signing: Kling, code: int) -> None:
     server.answer({"code": code}, 401)
     server.answer(OK_TASK)
-    assert create(signing).provider_task_id == "9"
+    assert create(signing).report.provider_task_id == "9"
     assert len(server.asked) == 2
 
 
@@ -614,7 +605,7 @@ def test_second_refusal_of_a_jwt_for_its_time_is_final(server: Scripted, signing
 
 
 def test_a_token_does_not_open_the_batch_call(server: Scripted, signing: Kling) -> None:
-    assert signing.read_many(provider_task_ids=["1"]) is None
+    assert signing.read_many(["1"]) is None
     assert server.asked == []
 
 
@@ -653,7 +644,7 @@ def test_threads_share_one_adapter(server: Scripted, signing: Kling) -> None:
     server.answer(OK_TASK)
     with ThreadPoolExecutor(8) as threads:
         created = list(threads.map(lambda _: create(signing), range(24)))
-    assert {one.provider_task_id for one in created} == {"9"}
+    assert {one.report.provider_task_id for one in created} == {"9"}
     assert len(set(tokens(server))) == 1
 
 

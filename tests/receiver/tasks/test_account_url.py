@@ -61,7 +61,7 @@ def test_a_refused_task_takes_no_picture_of_another(parts: Parts, sandbox: Sandb
     (task,) = submit(parts, 1)
     assert task_of(parts, task.external_task_id).state is TaskState.FAILED
     wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
-    forged = body("failed", task_id=made.provider_task_id, **info(task.external_task_id))
+    forged = body("failed", task_id=made.report.provider_task_id, **info(task.external_task_id))
     deliver(parts, task if at_own_url else None, forged)
     operator = Operator(parts.database, parts.providers, parts.schedule)
     left = [operator.retry(task.external_task_id), operator.reconcile([task.external_task_id])[0]]

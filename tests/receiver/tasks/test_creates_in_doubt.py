@@ -195,7 +195,7 @@ def test_no_read_binds_an_id_of_a_record_that_does_not_name_our_task(parts: Part
     )
     sandbox.set(create_faults=["5000:created"])
     task = submit_request(parts)
-    deliver(parts, task, body("succeed", 1, host=FOREIGN, task_id=other.provider_task_id, **info(ID)))
+    deliver(parts, task, body("succeed", 1, host=FOREIGN, task_id=other.report.provider_task_id, **info(ID)))
     sandbox.set(task_info=False)
     deliver(parts, task, body("succeed", 2, host=FOREIGN, task_id=provider_id(sandbox)))
     look_up_twice(parts)

@@ -192,7 +192,9 @@ def silent(parts: Parts, sandbox: Sandbox, external_task_id: str = "mute") -> Ta
     created = parts.kling.create(ASKED, external_task_id=external_task_id, callback_url=None)
     wait_until(lambda: sandbox.ledger().task(external_task_id).status == "succeed")
     values = {"state": TaskState.FAILED, "step": None, "due_at": None, "error": "never_reported"}
-    return insert_row(parts, external_task_id=external_task_id, provider_task_id=created.provider_task_id, **values)
+    return insert_row(
+        parts, external_task_id=external_task_id, provider_task_id=created.report.provider_task_id, **values
+    )
 
 
 def test_silent_task_is_read_and_its_success_wins(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
@@ -437,9 +439,9 @@ def test_retry_brings_a_dismissed_task_back_only_by_name(parts: Parts, sandbox: 
 def test_a_success_after_a_dismissal_still_wins(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     created = parts.kling.create(ASKED, external_task_id="late", callback_url=None)
     wait_until(lambda: sandbox.ledger().task("late").status == "succeed")
-    task = insert_row(parts, external_task_id="late", provider_task_id=created.provider_task_id)
+    task = insert_row(parts, external_task_id="late", provider_task_id=created.report.provider_task_id)
     operator.dismiss("late", "too late")
-    record = parts.kling.read(provider_task_id=created.provider_task_id, external_task_id="late")
+    record = parts.kling.read(provider_task_id=created.report.provider_task_id, external_task_id="late")
     assert record is not None
     deliver(parts, task, record.body)
     run(parts, "reads", "assets", "finishes")

@@ -78,8 +78,9 @@ def due_in(parts: Parts, task: Task) -> float:
 def make_upstream(parts: Parts, sandbox: Sandbox, *, seconds_ago: float) -> str:
     """A task at the provider under our id that another client made."""
     made = parts.kling.create(REQUEST, external_task_id=ID, callback_url=None)
-    sandbox.world.tasks[made.provider_task_id].created_ms -= int(seconds_ago * 1000)
-    return made.provider_task_id
+    provider_task_id = made.report.provider_task_id
+    sandbox.world.tasks[provider_task_id].created_ms -= int(seconds_ago * 1000)
+    return provider_task_id
 
 
 # -- the row and the request --------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_a_task_lost_with_its_database_is_adopted_by_its_token(unpaced: Parts, s
     """An old backup was restored, and the provider calls back for a task of ours without a row."""
     lost = Task(id=uuid.uuid4(), external_task_id="lost", provider="kling")
     made = unpaced.kling.create({**REQUEST, "n": 2}, external_task_id="lost", callback_url=None)
-    delivery = deliver(unpaced, lost, {"task_id": made.provider_task_id, "task_status": "submitted"})
+    delivery = deliver(unpaced, lost, {"task_id": made.report.provider_task_id, "task_status": "submitted"})
     assert delivery.state is CallbackState.UNMATCHED
     make_due_now(unpaced)
     run(unpaced, "unmatched", "callbacks")
