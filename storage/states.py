@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -116,6 +117,10 @@ class Report:
     created_ms: int | None = None
     updated_ms: int | None = None
     units: str | None = None
+
+    @property
+    def created_at(self) -> datetime | None:
+        return None if self.created_ms is None else datetime.fromtimestamp(self.created_ms / 1000, UTC)
 
 
 @dataclass(frozen=True, order=True)

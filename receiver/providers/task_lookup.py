@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from receiver.providers.base import NoSuchCall, Provider, Record
 from storage.accounts.rate_limit import ReadRateLimit
@@ -56,5 +56,5 @@ def _listed(
 
 
 def _is_older(record: Record, than: datetime) -> bool:
-    made_ms = record.report.created_ms
-    return made_ms is not None and datetime.fromtimestamp(made_ms / 1000, UTC) < than
+    made_at = record.report.created_at
+    return made_at is not None and made_at < than

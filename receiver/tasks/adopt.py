@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from storage.operations import maintenance
 from storage.rows import claims, events, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
-from storage.states import CallbackState, Report, Step, TaskState
+from storage.states import Report, Step, TaskState
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class Adopter:
 
     def _take_page(self, tally: Tally, provider: Provider, records: Sequence[Record], since: datetime) -> None:
         for record in records:
-            made_at = _made_at(record.report)
+            made_at = record.report.created_at
             if made_at is None or made_at >= since:
                 self._take(tally, provider, record)
             else:
@@ -145,21 +145,20 @@ class Adopter:
         """Let a create that waits to be sent be looked up: a restored backup has it from before it was sent."""
         row = tasks.lock(session, task.id)
         if row is not None and row.step is Step.CREATE and row.lease is None and row.sent_at is None:
-            row.sent_at = max(row.created_at, _made_at(report) or row.created_at)
+            row.sent_at = max(row.created_at, report.created_at or row.created_at)
             session.flush()
 
     def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> bool:
         """Insert a task row like one that we made, with its first read as a delivery. Workers do the rest."""
-        now, report = tasks.now(session), record.report
+        report = record.report
         if report.status is None:  # The provider has the task, whatever its status word means.
             report = replace(report, status=TaskState.SUBMITTED)
         task = Task(external_task_id=external_id, provider=provider.name, adopt=True)
-        task.created_at = task.sent_at = task.submitted_at = min(now, _made_at(report) or now)
         if not maintenance.adopt(session, task, report, self._schedule):
             tally.counts["known"] += 1  # another process inserted it first
             return False
         delivery = Delivery(provider.name, "poll", task.id, record.body)
-        store_poll(session, delivery, CallbackState.APPLIED, None)
+        store_poll(session, delivery)
         tally.counts["adopted"] += 1
         tally.counts["files_due"] += len(tasks.assets_of(session, task.id))
         return True
@@ -189,13 +188,9 @@ def _id(record: Record) -> str | None:
     return record.report.provider_task_id
 
 
-def _made_at(report: Report) -> datetime | None:
-    return None if report.created_ms is None else datetime.fromtimestamp(report.created_ms / 1000, UTC)
-
-
 def _is_past(records: Sequence[Record], since: datetime) -> bool:
     """Whether later pages hold older tasks only. The list's order is undocumented, so it counts only if the page shows
     it.
     """
-    times = [made_at for record in records if (made_at := _made_at(record.report))]
+    times = [made_at for record in records if (made_at := record.report.created_at)]
     return bool(times) and times[0] < since and times == sorted(times, reverse=True)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
@@ -433,6 +433,6 @@ def _is_ours(task: Task, report: Report, already: AlreadyExists | None, now: dat
     """
     if is_namesake(report, task.external_task_id):
         return False
-    made_ms = report.created_ms
-    is_younger = made_ms and datetime.fromtimestamp(made_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE
-    return bool(is_younger) or (already is None and (made_ms is None or task.created_at > now))
+    made_at = report.created_at
+    is_younger = made_at is not None and made_at >= task.created_at - CLOCK_TOLERANCE
+    return is_younger or (already is None and (made_at is None or task.created_at > now))

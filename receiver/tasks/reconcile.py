@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 import structlog
@@ -171,7 +171,7 @@ class Reader:
                 row.polls += 1
                 if record is not None:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)
-                    store_poll(session, delivery, CallbackState.APPLIED, None)
+                    store_poll(session, delivery)
                 report = self._report(row, record, moment)
                 reports.apply(session, row, report, self._schedule, now=moment, pushed=False)
                 if record is not None and self._is_failed_too_early(row, record, moment):
@@ -283,9 +283,6 @@ class UnmatchedDeliveries:
         external_task_id = next(name for name in names if name and _is_usable(name))
         assert row.task_id is not None
         task = Task(id=row.task_id, external_task_id=external_task_id, provider=row.provider, adopt=True)
-        now, made_ms = tasks.now(session), record.report.created_ms
-        task.created_at = now if made_ms is None else min(now, datetime.fromtimestamp(made_ms / 1000, UTC))
-        task.sent_at = task.submitted_at = task.created_at
         return maintenance.adopt(session, task, record.report, self._schedule)
 
 

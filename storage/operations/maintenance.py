@@ -264,11 +264,13 @@ def adopt(session: Session, task: Task, report: Report, schedule: reports.Schedu
 
     Its files are due, or it is read until it ends. It is never sent.
     """
+    now = tasks.now(session)
+    task.created_at = task.sent_at = task.submitted_at = min(now, report.created_at or now)
     if not tasks.insert_new(session, task):
         return False
     row = tasks.lock(session, task.id)
     assert row is not None
-    reports.apply(session, row, report, schedule, now=tasks.now(session), pushed=False)
+    reports.apply(session, row, report, schedule, now=now, pushed=False)
     return True
 
 

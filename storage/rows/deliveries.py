@@ -176,17 +176,16 @@ def _document(one: Delivery, starts_at: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def store_poll(session: Session, delivery: Delivery, state: CallbackState, reason: str | None) -> Callback:
+def store_poll(session: Session, delivery: Delivery) -> None:
     """Store the newest answer to a read of the task, one row a task. The caller applies it in the same transaction."""
     found = select_rows(Callback).where(Callback.task_id == delivery.task_id, Callback.source == "poll")
     row = session.exec(found).first()
     if row is None:
         row = Callback(provider=delivery.provider, source="poll", task_id=delivery.task_id, delivery_key="", body=b"")
-    row.delivery_key, row.body, row.state, row.reason = delivery.key, delivery.body, state, reason
+    row.delivery_key, row.body, row.state = delivery.key, delivery.body, CallbackState.APPLIED
     row.received_at = row.applied_at = db_now()  # type: ignore[assignment]
     session.add(row)
     session.flush()
-    return row
 
 
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlmodel import func, select
+from sqlmodel import select
 
 from storage.database.sessions import Database, run
 from storage.rows import deliveries, group_commit
@@ -55,11 +55,13 @@ def test_the_newest_poll_answer_replaces_the_one_before(database: Database) -> N
     for number, other in ((1, TASK), (2, TASK), (2, TASK), (1, TASK), (1, uuid.UUID(int=2))):
         answer = replace(POLLED, body=b"%d" % number, task_id=other)
         with database.write() as session:
-            row = deliveries.store_poll(session, answer, CallbackState.APPLIED, None)
-            assert (row.delivery_key, row.due_at) == (answer.key, None)
+            deliveries.store_poll(session, answer)
+            rows = session.exec(select(Callback).where(Callback.task_id == other)).all()
+            assert [(row.delivery_key, row.state, row.due_at) for row in rows] == [
+                (answer.key, CallbackState.APPLIED, None)
+            ]
     with database.read() as session:
-        counted = session.exec(select(Callback.task_id, func.count()).group_by(Callback.task_id)).all()
-    assert sorted((task.int, count) for task, count in counted if task) == [(1, 1), (2, 1)]
+        assert len(session.exec(select(Callback)).all()) == 2
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
