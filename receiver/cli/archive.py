@@ -14,7 +14,7 @@ import typer
 
 from receiver.base.visible import visible
 from receiver.cli.opening import opened
-from receiver.cli.operate import DryRun, Json, Since, Until
+from receiver.cli.options import DryRun, Json, Since, Until
 from receiver.cli.terminal import json_text, say, say_json, write, writing_to
 from storage.operations.counted import counted
 

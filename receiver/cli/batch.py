@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 import typer
 
 from receiver.cli.opening import opened
-from receiver.cli.operate import DryRun, Json, _answer
-from receiver.cli.serve import AllowHttp
-from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json, writing_to
+from receiver.cli.options import AllowHttp, DryRun, Json
+from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json, say_tally, writing_to
 from storage.keys import as_argument
 from storage.operations.counted import counted
 
@@ -82,7 +81,7 @@ def retry(
         failed = _batches(parts).failed_at_provider(name)
     if failed:
         say(f"{failed:,} failed at the provider and are only read again: {_again(name)}", err=True)
-    _answer(tally, dry_run, as_json, f"nothing of it failed; {_shown(name)}")
+    say_tally(tally, dry_run, as_json, f"nothing of it failed; {_shown(name)}")
 
 
 def _shown(name: str) -> str:
@@ -281,10 +280,12 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
         say(show.no_worker(parts, ", so nothing is sent"), err=True)
         raise typer.Exit(1)
     try:
-        look = lambda: of.counts(name)  # noqa: E731 - said twice below
-        alive = lambda: heartbeats.count_alive(parts.database)  # noqa: E731
         counts = batch_view.watch(
-            look, alive, Console(stderr=True), lambda: show.pausing(parts), lambda: show.waiting(parts)
+            lambda: of.counts(name),
+            lambda: heartbeats.count_alive(parts.database),
+            Console(stderr=True),
+            lambda: show.pausing(parts),
+            lambda: show.waiting(parts),
         )
     except (KeyboardInterrupt, SystemExit):  # SIGTERM
         say(f"stopped watching; the workers go on; {_next(name)}", err=True)

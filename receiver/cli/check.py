@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receiver.cli.serve import AllowHttp, Store
+from receiver.cli.options import AllowHttp, Json, Store
 from receiver.cli.terminal import cell, say, say_json, show
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ COLOURS = {"ok": "green", "note": "cyan", "fault": "bold red"}
 
 
 def check(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: Json = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print every check, also those that are ok.")] = False,
     store: Store = None,
     allow_http: AllowHttp = False,

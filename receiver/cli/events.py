@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from receiver.cli.opening import opened
-from receiver.cli.operate import MAX_NUMBER, MAX_SHOWN, DryRun, Json
-from receiver.cli.terminal import cell, say, say_json, show
+from receiver.cli.options import MAX_NUMBER, DryRun, Json
+from receiver.cli.terminal import MAX_SHOWN, cell, say, say_counts, say_json, show
 from storage.keys import as_argument
 
 if TYPE_CHECKING:
@@ -274,7 +274,4 @@ def _print_counts(counts: dict[str, object], dry_run: bool, as_json: bool) -> No
     if as_json:
         say_json({**counts, "dry_run": dry_run})
         return
-    words = ", ".join(
-        f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items() if isinstance(count, int)
-    )
-    say(f"dry run, nothing was changed: {words}" if dry_run else words)
+    say_counts({name: count for name, count in counts.items() if isinstance(count, int)}, dry_run)

@@ -71,10 +71,9 @@ def _settings(**values: Any) -> Settings:
     from receiver.base import config
 
     try:
-        chosen = config.load(**values)
+        return config.load(**values)
     except config.SettingsInvalid as error:  # a missing setting is often a misspelt one
         raise config.SettingsInvalid("\n".join([str(error), *_unknown()])) from None
-    return chosen
 
 
 def _with_console_key(settings: Settings) -> Settings:

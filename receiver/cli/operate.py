@@ -2,55 +2,30 @@
 
 from __future__ import annotations
 
-import re
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from receiver.cli.opening import opened
-from receiver.cli.serve import AllowHttp
-from receiver.cli.terminal import say, say_json
+from receiver.cli.options import MAX_NUMBER, AllowHttp, DryRun, Json, Since, Until
+from receiver.cli.terminal import say_tally
 from storage.operations.counted import counted
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
-    from receiver.tasks.changes import Tally
     from receiver.tasks.operate import Operator
 
 # Rows of one `retry --all-failed`. The next call continues with the following ones.
 MAX_FAILED = 100_000
-# Items that are printed at most. `--json` has all.
-MAX_SHOWN = 20
 # The reason why a command found nothing to do, and what to do instead.
 NO_FAILED = "no file was given up and no task is parked; dismissed ones are retried by their id, and filters narrow it"
 NO_DELIVERY = "no stored delivery came then and is in that state; an earlier --since or no --state reaches more"
 NO_READ = "no task waits for its result; name a task to read one that has ended"
 NO_LISTED = "the provider lists no task of these days; a larger --listed-days reaches further back"
 NO_OLD = "nothing that is over is older than that; `--older-than` with fewer days reaches more"
-# The largest number of a row, and the most days that still reach a year that there is.
-MAX_NUMBER, MAX_DAYS = 2**63 - 1, 36_500
-UNITS = {"m": "minutes", "h": "hours", "d": "days"}
-WHEN = "2026-11-23, 2026-11-23T10:00 (UTC), or an age: 90m, 6h, 7d"
-
-
-def _moment(text: str) -> datetime:
-    """A time as an operator writes it, with its time zone."""
-    try:
-        if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
-            return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
-        moment = datetime.fromisoformat(text)
-        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        raise typer.BadParameter(f"{text!r} is not a time: write {WHEN}") from None
-
-
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Since = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help=f"The earliest time: {WHEN}.")]
-Until = Annotated[
-    datetime | None, typer.Option(parser=_moment, metavar="TIME", help="The end of the range, itself excluded.")
-]
+# The most days that still reach a year that there is.
+MAX_DAYS = 36_500
 
 
 def retry(
@@ -85,7 +60,7 @@ def retry(
             tally = operator.retry(name, accept_unverified=accept_unverified)
         else:
             tally = operator.retry_failed(since=since, error=error, limit=limit or MAX_FAILED)
-    _answer(tally, dry_run, as_json, NO_FAILED)
+    say_tally(tally, dry_run, as_json, NO_FAILED)
 
 
 def replay(
@@ -112,7 +87,7 @@ def replay(
     with opened(allow_http, needs_bucket=False) as parts:
         wanted = CallbackState(state) if state else None
         tally = _operator(parts, dry_run).replay(delivery or (), since=since, until=until, state=wanted)
-    _answer(tally, dry_run, as_json, NO_DELIVERY)
+    say_tally(tally, dry_run, as_json, NO_DELIVERY)
 
 
 def reconcile(
@@ -138,7 +113,7 @@ def reconcile(
                 done = read_now(parts.database, lane, reads, lease_seconds=parts.settings.lease_seconds)
             tally.counts.update(done.counts)
             tally.left.update(done.left)
-    _answer(tally, dry_run, as_json, NO_READ)
+    say_tally(tally, dry_run, as_json, NO_READ)
 
 
 def adopt(
@@ -167,7 +142,7 @@ def adopt(
     ):
         adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
         tally = adopter.take(task) if task else adopter.take_listed(timedelta(days=listed_days or 0))
-    _answer(tally, dry_run, as_json, NO_LISTED)
+    say_tally(tally, dry_run, as_json, NO_LISTED)
 
 
 def dismiss(
@@ -201,7 +176,7 @@ def dismiss(
             tally = operator.dismiss(external_task_id, reason)
         else:
             tally = operator.dismiss_deliveries(delivery or (), reason)
-    _answer(tally, dry_run, as_json)
+    say_tally(tally, dry_run, as_json)
 
 
 def prune(
@@ -225,35 +200,10 @@ def prune(
         checkpoints.beside(parts.database),
     ):
         tally = _operator(parts, dry_run).prune(timedelta(days=older_than))
-    _answer(tally, dry_run, as_json, NO_OLD)
+    say_tally(tally, dry_run, as_json, NO_OLD)
 
 
 def _operator(parts: Parts, dry_run: bool) -> Operator:
     from receiver.tasks.operate import Operator
 
     return Operator(parts.database, parts.providers, parts.schedule, dry_run=dry_run)
-
-
-def _answer(tally: Tally, dry_run: bool, as_json: bool, nothing: str = "") -> None:
-    """Print the result, and on standard error what was not done. Exit code 1 if a named item was not done.
-
-    `nothing`: why there may have been nothing to do, and what to do instead.
-    """
-    if as_json:
-        say_json({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left})
-    else:
-        _show(tally, dry_run)
-        if nothing and not tally.left and not any(tally.counts.values()):
-            say(nothing, err=True)
-    if not tally.is_good:
-        raise typer.Exit(1)
-
-
-def _show(tally: Tally, dry_run: bool) -> None:
-    done = [f"{name.replace('_', ' ')}: {count:,}" for name, count in tally.counts.items() if count]
-    words = ", ".join(done) or "nothing to do"
-    say(f"dry run, nothing was changed: {words}" if dry_run else words)
-    for name, why in list(tally.left.items())[:MAX_SHOWN]:
-        say(f"{name}: {why}", err=True)
-    if len(tally.left) > MAX_SHOWN:
-        say(f"… and {len(tally.left) - MAX_SHOWN:,} more; --json shows all", err=True)

@@ -12,17 +12,12 @@ import typer
 
 from receiver.base.collector import collector_paused, import_without_rich
 from receiver.cli.opening import opened
+from receiver.cli.options import AllowHttp, Store
 from receiver.cli.terminal import OutputFailed, say
 from storage.operations.counted import counted
 
 if TYPE_CHECKING:
     from receiver.base.config import Settings
-
-Store = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Keep pictures in DIR: runs the packaged S3 server on loopback."),
-]
-AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Accept http:// addresses that are not loopback.")]
 
 
 def serve(

@@ -188,12 +188,6 @@ def _reason(asset: Asset) -> str:
     return f"not yet, {tries} since {found['since']}, next at {found['next_try_at']}: {asset.error}"
 
 
-def latest(parts: Parts, limit: int) -> list[Task]:
-    """The newest tasks, newest first."""
-    with parts.database.read() as session:
-        return tasks.newest(session, limit)
-
-
 def measured(parts: Parts) -> Measures:
     """The state of the work."""
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
@@ -209,7 +203,8 @@ def audited(parts: Parts) -> continuous_audit.Standing:
 
 def summary(found: Measures) -> str:
     """One line about the work: what waits, what is wrong, how callbacks arrive."""
-    parts = [f"{found.due} due", *paused(found), *_accounts(found)]
+    pauses_of_accounts = [line for account in found.accounts.values() for line in account.pauses]
+    parts = [f"{found.due} due", *pauses_of_accounts, *_accounts(found)]
     wrong = (
         (found.overdue, "overdue", "overdue"),
         (found.failed_assets, "file given up", "files given up"),
@@ -229,11 +224,6 @@ def summary(found: Measures) -> str:
         lost = f"callbacks: {found.callbacks_lost} of {found.callbacks_expected} lost ({found.callback_loss_rate:.0%})"
         parts.append(lost + (f", {found.callbacks_late} late" if found.callbacks_late else ""))
     return " · ".join(parts)
-
-
-def paused(found: Measures) -> list[str]:
-    """One line for each account or model that the provider refuses, with the provider's message."""
-    return [line for account in found.accounts.values() for line in account.pauses]
 
 
 def _accounts(found: Measures) -> Iterator[str]:
@@ -279,7 +269,9 @@ def show_latest(parts: Parts, limit: int) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("external id", "state", "archive", "created", "error"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "created")
-    for task in latest(parts, limit):
+    with parts.database.read() as session:
+        newest = tasks.newest(session, limit)
+    for task in newest:
         created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
         why = task.error or ("" if request_note(task) else task.note or "")
         cells = (task.external_task_id, task.state, task.archive, created, why)

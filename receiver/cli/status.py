@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from receiver.cli.opening import opened
+from receiver.cli.options import Json
 from receiver.cli.terminal import say, say_json
 
 
@@ -19,7 +20,7 @@ def status(
         bool, typer.Option("--urls", help="Print a link to each archived file of the task. Each link is a secret.")
     ] = False,
     expires: Annotated[int, typer.Option(help="Seconds until these links expire.", min=1, max=604_800)] = 3_600,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show one task with its files and timeline, or a table of the newest tasks."""
     from receiver.cli import show

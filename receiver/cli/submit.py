@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from receiver.cli.opening import opened
-from receiver.cli.serve import AllowHttp, Store
+from receiver.cli.options import AllowHttp, Store
 from receiver.cli.terminal import OutputFailed, say, say_json
 from storage.errors import DatabaseUnavailable, UserError
 from storage.keys import as_argument
@@ -217,7 +217,10 @@ def _acknowledge(parts: Parts, task: Task, as_json: bool) -> None:
     from storage.operations import heartbeats
     from storage.states import TaskState
 
-    _print_id(parts, task, as_json)
+    if as_json:
+        _print(parts, task)
+    else:
+        say(task.external_task_id)
     if task.state is TaskState.FAILED:
         say(f"failed: {task.error}", err=True)
         raise typer.Exit(1)
@@ -242,14 +245,6 @@ def _wait(parts: Parts, task: Task, as_json: bool) -> None:
     if finished.archive is not ArchiveState.ARCHIVED:
         say(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)
         raise typer.Exit(1)
-
-
-def _print_id(parts: Parts, task: Task, as_json: bool) -> None:
-    """Print the external id, or with --json the whole task."""
-    if as_json:
-        _print(parts, task)
-    else:
-        say(task.external_task_id)
 
 
 def _print(parts: Parts, task: Task) -> None:

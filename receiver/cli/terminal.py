@@ -6,9 +6,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from receiver.base.visible import visible
 from storage.errors import UserError
@@ -19,8 +21,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+    from receiver.tasks.changes import Tally
+
 # rich assumes 80 columns for a pipe. This width fits the longest id, address and error in one row.
 PIPE_COLUMNS = 4_000
+# Items that are printed at most. `--json` has all.
+MAX_SHOWN = 20
 
 
 class OutputFailed(UserError):
@@ -58,6 +64,30 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
 def _without_delete(text: str) -> str:
     """json.dumps escapes everything outside ASCII, and all ASCII controls except DEL."""
     return text.replace("\x7f", "\\u007f")
+
+
+def say_tally(tally: Tally, dry_run: bool, as_json: bool, nothing: str = "") -> None:
+    """Print the result, and on standard error what was not done. Exit code 1 if a named item was not done.
+
+    `nothing`: why there may have been nothing to do, and what to do instead.
+    """
+    if as_json:
+        say_json({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left})
+    else:
+        say_counts({name: count for name, count in tally.counts.items() if count}, dry_run)
+        for name, why in list(tally.left.items())[:MAX_SHOWN]:
+            say(f"{name}: {why}", err=True)
+        if len(tally.left) > MAX_SHOWN:
+            say(f"… and {len(tally.left) - MAX_SHOWN:,} more; --json shows all", err=True)
+        if nothing and not tally.left and not any(tally.counts.values()):
+            say(nothing, err=True)
+    if not tally.is_good:
+        raise typer.Exit(1)
+
+
+def say_counts(counts: Mapping[str, int], dry_run: bool) -> None:
+    words = ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items()) or "nothing to do"
+    say(f"dry run, nothing was changed: {words}" if dry_run else words)
 
 
 def show(table: RenderableType) -> None:
