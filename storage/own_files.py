@@ -20,12 +20,12 @@ FILE_MODE = 0o600
 MAX_LINKS = 8
 
 
-def open_own(path: Path, flags: int, mode: int = FILE_MODE) -> int:
+def open_own(path: Path, flags: int) -> int:
     """Open `path` like os.open, without following a symlink of others. Never blocks at a FIFO.
 
     Raises OSError: PermissionError for a symlink of others, and EINVAL if it is not a regular file.
     """
-    file = os.open(final(path), flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    file = os.open(final(path), flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -16,15 +16,13 @@ from receiver.cli.terminal import cell, say
 from receiver.console import catalogue
 from receiver.tasks.task_view import find, is_over, next_step, next_try_of, waiting_of, waits_for
 from receiver.web.assets import asset_link
-from storage import spool
 from storage.accounts import pauses
 from storage.archive import continuous_audit
-from storage.bucket import store_errors
 from storage.filters import DeliveryFilter, TaskFilter
 from storage.keys import as_argument
 from storage.operations import deadlines, heartbeats, lists, outbox
 from storage.operations.counted import counted
-from storage.operations.measures import Measures, measure, provider_waits, store_waits, waiting_lines
+from storage.operations.measures import STORE_ERRORS, Measures, measure, provider_waits, store_waits, waiting_lines
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
 from storage.rows.tasks import request_note
@@ -39,7 +37,6 @@ WAITS_SECONDS = 10.0
 SHOWN_FAULTS = 20
 # Tasks or deliveries of each kind that need a person.
 SHOWN_EACH = 5
-STORE_ERRORS = (*store_errors.MESSAGES, *spool.MESSAGES)
 PROVIDER_ADVICE = "`receiver check` asks the provider, and says what to do; tasks are tried again by themselves"
 STORE_ADVICE = "`receiver check` tests the store and the spool folder, and says what to do"
 

@@ -67,11 +67,13 @@ def cause(said: str | None, language: str, most: int = 160) -> Markup:
     return Markup(f'<span lang="en">{shown}</span>') if is_english else shown  # noqa: S704 - escaped
 
 
-def bars(values: Sequence[float], height: float = 44, width: float = 240) -> list[tuple[str, str, str, str]]:
-    """x, y, width and height of a bar for each value. A value above zero has at least a pixel and a half."""
-    most, step = max(values, default=0) or 1, width / max(len(values), 1)
-    tall = [max(1.5, value / most * height) if value else 0 for value in values]
-    return [(f"{n * step:.1f}", f"{height - h:.1f}", f"{step * 0.72:.1f}", f"{h:.1f}") for n, h in enumerate(tall)]
+def bars(values: Sequence[float]) -> list[tuple[str, str, str, str]]:
+    """x, y, width and height of a bar for each value, together 240 by 44 pixels. A value above zero has at least a
+    pixel and a half.
+    """
+    most, step = max(values, default=0) or 1, 240 / max(len(values), 1)
+    tall = [max(1.5, value / most * 44) if value else 0 for value in values]
+    return [(f"{n * step:.1f}", f"{44 - h:.1f}", f"{step * 0.72:.1f}", f"{h:.1f}") for n, h in enumerate(tall)]
 
 
 def ratio_class(width: int | None, height: int | None) -> str:

@@ -11,7 +11,6 @@ directory, whose `.env` would be read, is the demo's own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 import signal
@@ -240,7 +239,7 @@ def compare(stage: Stage, parts: Parts) -> list[Outcome]:
     for listed in parts.bucket.list(""):
         stage.check("not every object was read back")
         if not listed.key.endswith("/manifest.json"):
-            found[listed.key] = _sha256(parts, listed.key)
+            found[listed.key] = parts.bucket.sha256(listed.key)
     outcomes = []
     for wish in WISHES:
         name = wish.external_task_id
@@ -254,13 +253,6 @@ def compare(stage: Stage, parts: Parts) -> list[Outcome]:
         stored = sum(f"/{name}/" in key for key in found)
         outcomes.append(Outcome(wish, task, objects, stored, _seconds(parts, task, rows)))
     return outcomes
-
-
-def _sha256(parts: Parts, key: str) -> str:
-    digest = hashlib.sha256()
-    for chunk in parts.bucket.read(key):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _seconds(parts: Parts, task: Task, assets: Sequence[Asset]) -> float | None:

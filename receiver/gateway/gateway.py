@@ -44,7 +44,6 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 PREFIX = "/kling"
-OMNI_IMAGE = f"{PREFIX}/v1/images/omni-image"
 # A base URL that ends with a slash doubles it. Some clients end every path with a slash.
 ENDPOINT = re.compile(f"/*{PREFIX}/+v1/+images/+omni-image(?:/(?P<name>.*))?", re.DOTALL)
 TASKS = re.compile(f"/*{PREFIX}/+tasks/*")

@@ -26,7 +26,7 @@ from sqlmodel import Session, col
 
 from storage.database.clock import db_now, db_now_once
 from storage.database.prepared import execute, unattached
-from storage.database.sessions import INSERTS
+from storage.database.sessions import insert_or_ignore
 from storage.errors import AccountRefused, ModelRefused
 from storage.rows.events import EventName, record
 from storage.rows.models import AccountPause, Task
@@ -192,10 +192,8 @@ def pause(session: Session, provider: str, model: str | None, error: AccountRefu
     name = (model or EVERY_MODEL) if isinstance(error, ModelRefused) else EVERY_MODEL
     said = error.said or str(error)
     values = {"code": error.code, "http_status": error.http_status, "said": said, "trial_at": db_now(TRIAL_SECONDS)}
-    first = INSERTS[session.get_bind().dialect.name](AccountPause)
-    first = first.values(provider=provider, model=name, since=db_now(), **values)
-    is_new = session.execute(first.on_conflict_do_nothing().returning(col(AccountPause.provider))).first() is not None
-    if not is_new:
+    first = {"provider": provider, "model": name, "since": db_now(), **values}
+    if not insert_or_ignore(session, AccountPause, first):
         locked = select(col(AccountPause.code), _STANDS).where(_is(provider, name)).with_for_update()
         known = session.execute(locked).one_or_none()
         is_over = known is not None and not known[1]

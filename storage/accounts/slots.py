@@ -251,7 +251,8 @@ class Slots:
 
     def count_queued(self, session: Session) -> int:
         """How many tasks are queued."""
-        return int(session.execute(select(func.count()).where(*self._queued())).scalar_one())
+        queued = col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
+        return int(session.execute(select(func.count()).where(*queued)).scalar_one())
 
     def _is_any_queued(self, session: Session) -> bool:
         return session.execute(_FIRST, {"provider": self.provider}).first() is not None
@@ -259,9 +260,6 @@ class Slots:
     def first_queued(self) -> Any:
         """A statement that finds a task while any is queued."""
         return _first(self.provider)
-
-    def _queued(self) -> tuple[Any, ...]:
-        return col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
 
     def _heads(self, session: Session) -> list[Waiting]:
         """The first task of every line, oldest first."""

@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -46,7 +46,7 @@ class Problem:
     advice: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {"key": self.key, "task": self.task, "detail": self.detail, "advice": self.advice}
+        return asdict(self)
 
 
 @dataclass

@@ -123,9 +123,6 @@ class _part_text(FunctionElement[str]):
     type = Text()
     inherit_cache = True
 
-    def __init__(self, moment: Any) -> None:
-        super().__init__(moment)
-
 
 @compiles(_part_text, "sqlite")
 def _part_sqlite(element: _part_text, compiler: Any, **options: Any) -> str:
@@ -141,9 +138,6 @@ def _part_postgresql(element: _part_text, compiler: Any, **options: Any) -> str:
 class _seconds_between(FunctionElement[float]):
     type = Float()
     inherit_cache = True
-
-    def __init__(self, before: Any, after: Any) -> None:
-        super().__init__(before, after)
 
 
 @compiles(_seconds_between, "sqlite")

@@ -80,11 +80,7 @@ def unregister(database: Database, worker_id: uuid.UUID) -> None:
 def count_alive(database: Database) -> int:
     """How many worker processes were alive within the last 20 s."""
     with database.read() as session:
-        return _count(session)
-
-
-def _count(session: Session) -> int:
-    return session.exec(select(func.count()).select_from(Worker).where(_IS_ALIVE)).one()
+        return session.exec(select(func.count()).select_from(Worker).where(_IS_ALIVE)).one()
 
 
 class WriteCheck(BackgroundCheck):

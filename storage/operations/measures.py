@@ -34,6 +34,8 @@ PROVIDER_WAITS_READ = 2_000
 # Reading this many rows takes some milliseconds, however many wait.
 STORE_WAITS_READ = 2_000
 CAUSES = 5
+# How the error of a file begins that waits because of the store or of the spool folder.
+STORE_ERRORS = (*store_errors.MESSAGES, *spool.MESSAGES)
 # Each table, and the column that leads its due index with each value that a due row has: the oldest come first in each.
 WAITING: tuple[tuple[Any, Any], ...] = (
     *((Task, col(Task.step) == step) for step in Step),
@@ -224,7 +226,7 @@ def store_waits(session: Session) -> dict[str, int]:
     """
     latest = select(Asset.error).where(col(Asset.due_at).is_not(None)).order_by(col(Asset.due_at).desc())
     error = latest.limit(STORE_WAITS_READ).subquery().c.error
-    told = or_(*(error.startswith(words) for words in (*store_errors.MESSAGES, *spool.MESSAGES)))
+    told = or_(*(error.startswith(words) for words in STORE_ERRORS))
     found: Counter[str] = Counter()
     for message, count in session.exec(select(error, func.count()).where(told).group_by(error)):
         found[store_errors.OBJECT_SIZE.sub("objects of their size", message)] += count

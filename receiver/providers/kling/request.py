@@ -148,16 +148,12 @@ class OmniImageRequest(_Strict):
         fields = self.model_dump(mode="json", exclude_none=True)
         return {name: value for name, value in fields.items() if value != []}
 
-    def redacted(self) -> dict[str, Any]:
-        """The JSON that is stored: like `wire()`, with Base64 images replaced by their hash and size."""
-        return redacted(self.wire())
-
     def canonical_hash(self) -> str:
         """SHA-256 (64 hex digits) of the caller's fields. Requests that ask for the same have the same hash.
 
         Documented defaults count as given, images by their bytes. The id and the callback URL do not count.
         """
-        text = json.dumps(DEFAULTS | self.redacted(), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(DEFAULTS | redacted(self.wire()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -289,12 +285,11 @@ def _count(value: Any, default: int) -> int:
     return value if isinstance(value, int) and value is not True and 1 <= value <= 1_000 else default
 
 
-def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniImageRequest:
+def parse_request(data: Mapping[str, Any]) -> OmniImageRequest:
     """Check a caller's fields.
 
-    `drop_empty`: leave out fields given as "" or [], as the provider's own example sends them, and unknown ones
-    also as null or {}; False refuses them. Raises RequestInvalid with the first MAX_FAULTS faults and the number of the
-    others.
+    Leaves out fields given as "" or [], as the provider's own example sends them, and unknown ones also as null or {}.
+    Raises RequestInvalid with the first MAX_FAULTS faults and the number of the others.
     """
     if len(data) > MAX_FIELDS:
         raise RequestInvalid([f"has {len(data):,} fields; at most {MAX_FIELDS}"])
@@ -302,9 +297,7 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
     unused = {
         name
         for name, value in data.items()
-        if drop_empty
-        and name not in ("model_name", "prompt")
-        and (value in ("", []) or (name not in known and value in (None, {})))
+        if name not in ("model_name", "prompt") and (value in ("", []) or (name not in known and value in (None, {})))
     }
     fields = {name: value for name, value in data.items() if name not in unused}
     odd_names = [name for name in fields if not (isinstance(name, str) and is_storable(name))]

@@ -39,7 +39,7 @@ from receiver.events.sqs import Sqs
 from receiver.gateway import client_callback
 from receiver.gateway.api_keys import fingerprint
 from receiver.gateway.callback_turns import CallbackTurns
-from receiver.gateway.gateway import OMNI_IMAGE
+from receiver.gateway.openapi import PATH
 from receiver.sandbox import Sandbox
 from receiver.workers.clock_steps import USUAL_SECONDS
 from storage import circuit
@@ -360,7 +360,7 @@ def test_gateway_client_is_called_back_in_klings_format(
     sandbox.set(submitted_seconds=3_600, processing_seconds=3_600)
     wanted = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2, "callback_url": callback_hook.url}
     with working(parts):
-        answer = httpx.post(f"{web.url}{OMNI_IMAGE}", json=wanted, headers={"Authorization": f"Bearer {API_KEY}"})
+        answer = httpx.post(f"{web.url}{PATH}", json=wanted, headers={"Authorization": f"Bearer {API_KEY}"})
         wait_until(
             lambda: go_on_after(sandbox, len(callback_hook.got)) or len(callback_hook.got) == len(STEPS), seconds=60
         )
