@@ -19,7 +19,7 @@ from receiver.batch import batch_file
 from receiver.batch.batch_file import BatchInvalid, Fault, Line
 from receiver.providers.base import ProviderRequest, RequestInvalid, is_storable, plain
 from receiver.tasks.changes import Tally, change
-from receiver.tasks.submit import Submitter
+from receiver.tasks.submit import Submitter, begin_again
 from storage.accounts import batches, slots
 from storage.accounts.accepted_creates import may_prove_accepted, was_accepted
 from storage.accounts.batches import CHUNK, Counts
@@ -29,7 +29,7 @@ from storage.operations import maintenance
 from storage.rows import reports, tasks
 from storage.rows.models import Batch, Task
 from storage.rows.task_conditions import is_dismissed
-from storage.states import ArchiveState, Step, TaskState
+from storage.states import TaskState
 
 T = TypeVar("T")
 
@@ -206,9 +206,7 @@ class Batches:
         else:
             done = maintenance.retry(session, task, self._schedule)
             reason = done.reason
-            tally.counts["files_due"] += done.files
-            if done.step is not None:
-                tally.counts[f"{done.step}s_due"] += 1
+            tally.counts.update(done.counts)
         if reason:
             tally.left[task.external_task_id] = reason
         else:
@@ -295,10 +293,8 @@ def _send_again(session: Session, task: Task, submitter: Submitter) -> str | Non
         request = submitter.parse(task.request)
     except RequestInvalid:
         return NOT_KEPT
-    task.state, task.archive = TaskState.CREATED, ArchiveState.NONE
-    task.error = task.note = task.completed_at = None
-    task.submitted_at = task.reported_at = task.missed_at = None
-    task.step, task.slots, task.polls = Step.CREATE, request.slots, 0
+    begin_again(task)
+    task.slots = request.slots
     slots.wait(task, tasks.now(session))
     session.flush()
     return None

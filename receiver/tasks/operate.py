@@ -84,9 +84,7 @@ class Operator:
         done = maintenance.retry(session, task, self._schedule)
         if done.reason:
             tally.left[name] = done.reason
-        tally.counts["files_due"] += done.files
-        if done.step is not None:
-            tally.counts[f"{done.step}s_due"] += 1
+        tally.counts.update(done.counts)
 
     def _retry_asset(self, session: Session, tally: Tally, asset: Asset, accept_unverified: bool) -> None:
         task = tasks.lock(session, asset.task_id)

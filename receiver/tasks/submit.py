@@ -204,14 +204,11 @@ class Submitter:
             raise NoRoom(shortage)
         if not free and not is_late:
             raise NoSlots(ALL_HELD)
-        row.slots = wanted.slots
+        begin_again(row)
+        row.slots, row.note = wanted.slots, wanted.note
         row.request, row.request_hash = wanted.request, wanted.request_hash
         row.client, row.client_callback_url = wanted.client, wanted.client_callback_url
         row.series, row.expected, row.adopt, row.model = wanted.series, wanted.expected, False, wanted.model
-        row.state, row.archive = TaskState.CREATED, ArchiveState.NONE
-        row.error, row.note, row.completed_at = None, wanted.note, None
-        row.submitted_at = row.reported_at = row.missed_at = None
-        row.step, row.polls = Step.CREATE, 0
         row.created_at = row.sent_at = tasks.now(session)
         claims.take(row, row.created_at, self._lease_seconds)
         if is_late:
@@ -260,6 +257,13 @@ class Submitter:
         if task is None:
             raise NoSuchTask(external_task_id)  # The row was removed while it was submitted.
         return task
+
+
+def begin_again(row: Task) -> None:
+    """Let a task whose create was refused wait for it again, as a new one does."""
+    row.state, row.archive, row.step = TaskState.CREATED, ArchiveState.NONE, Step.CREATE
+    row.error = row.note = row.completed_at = row.submitted_at = row.reported_at = row.missed_at = None
+    row.polls = 0
 
 
 def _can_be_adopted(task: Task) -> bool:

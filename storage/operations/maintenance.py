@@ -46,6 +46,10 @@ class Retried:
     step: Step | None = None
     reason: str | None = None
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"files_due": self.files, **({f"{self.step}s_due": 1} if self.step else {})}
+
 
 def retry(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
     """Make the waiting step and the given-up files of a locked task due. A failed create is never sent again.
