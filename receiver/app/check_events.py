@@ -41,9 +41,9 @@ def name_of(entry: Entry) -> str:
     return f"events to {entry.name}"
 
 
-def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
+def sink(entry: Entry, parts: Parts) -> Iterator[Result]:
     """Check whether events could be delivered to this sink from here."""
-    name = name_of(entry)
+    name, settings = name_of(entry), parts.settings
     try:
         tunnel = settings.egress_proxy.connect if settings.egress_proxy else None
         with closing(make(entry, settings.event_policy, settings.event_secrets, tunnel)) as made:

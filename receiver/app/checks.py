@@ -26,7 +26,6 @@ from receiver.app import check_database, check_events, check_secrecy, check_stor
 from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, Result, Status, host_of, refused, start_command
 from receiver.app.wiring import Parts
 from receiver.base import config, env_file
-from receiver.base.sink_setting import Entry
 from receiver.providers.base import Provider, ProxyUnavailable, Unavailable
 from receiver.providers.kling.answers import NotKling
 from receiver.providers.kling.client import Kling
@@ -87,7 +86,7 @@ def run(
     looks: dict[str, Look] = {"database": database, "bucket": check_store.bucket, "provider": provider}
     looks["store's name"] = check_secrecy.clear_text
     for entry in settings.event_entries:
-        looks[check_events.name_of(entry)] = partial(_sink, entry)
+        looks[check_events.name_of(entry)] = partial(check_events.sink, entry)
     pending = {name: _start(look, parts) for name, look in looks.items()}
     late = wait(pending.values(), bound_seconds).not_done
     results = [*environment()]
@@ -109,10 +108,6 @@ def run(
     if not late:  # A thread that hangs still uses them. The end of the process closes them.
         parts.close()
     return results
-
-
-def _sink(entry: Entry, parts: Parts) -> Iterator[Result]:
-    return check_events.sink(entry, parts.settings)
 
 
 def _start(look: Look, parts: Parts) -> Future[list[Result]]:

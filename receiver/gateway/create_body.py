@@ -30,6 +30,9 @@ LONG_BYTES_AN_ESCAPE = 5
 # A body is checked in pieces of this size while it arrives. A shorter one is checked once it is complete.
 PIECE_BYTES = 64 * 1024
 GZIP = b"\x1f\x8b"
+TOO_MANY_TOKENS = f"more than {MAX_TOKENS} brackets, commas and colons"
+TOO_MANY_QUOTES = f"more than {MAX_QUOTES} quotes"
+TOO_LONG_REST = f"more than {MAX_REST_BYTES} bytes beside its long texts"
 STRUCTURE = (b"{", b"[", b",", b":")
 
 
@@ -84,14 +87,14 @@ class ArrivingBody:
         self._quotes += piece.count(b'"')
         # MAX_TOKENS allow a tenth as many texts.
         if max(self._quotes, self._escaped_quotes) > MAX_QUOTES:
-            raise _too_many_quotes()
+            raise _too_much(TOO_MANY_QUOTES)
         outside = b"".join(piece.split(b'"')[is_in_text::2])
         self._tokens += _count_structure(outside, 0, len(outside))
         self._rest_bytes += len(outside)
         if self._tokens > MAX_TOKENS:
-            raise _too_many_tokens()
+            raise _too_much(TOO_MANY_TOKENS)
         if self._rest_bytes > MAX_REST_BYTES:
-            raise _too_long_rest()
+            raise _too_much(TOO_LONG_REST)
 
 
 def _check_plain(body: Buffer) -> None:
@@ -105,18 +108,6 @@ def not_json() -> Refused:
 
 def _too_much(what: str) -> Refused:
     return Refused(400, 1200, f"Request body: {what}")
-
-
-def _too_many_tokens() -> Refused:
-    return _too_much(f"more than {MAX_TOKENS} brackets, commas and colons")
-
-
-def _too_many_quotes() -> Refused:
-    return _too_much(f"more than {MAX_QUOTES} quotes")
-
-
-def _too_long_rest() -> Refused:
-    return _too_much(f"more than {MAX_REST_BYTES} bytes beside its long texts")
 
 
 def _without_long_texts(body: Buffer) -> tuple[bytearray, Iterator[tuple[int, int]]]:
@@ -138,7 +129,7 @@ def _without_long_texts(body: Buffer) -> tuple[bytearray, Iterator[tuple[int, in
         _take(rest, body, done, len(body))
         tokens += _count_structure(body, done, len(body))
     if tokens > MAX_TOKENS:
-        raise _too_many_tokens()
+        raise _too_much(TOO_MANY_TOKENS)
     return rest, iter(long_texts)
 
 
@@ -151,7 +142,7 @@ def _check_long(body: Buffer, start: int, end: int) -> None:
 
 def _take(rest: bytearray, body: Buffer, start: int, end: int) -> None:
     if len(rest) + end - start > MAX_REST_BYTES:
-        raise _too_long_rest()
+        raise _too_much(TOO_LONG_REST)
     rest += body[start:end]
 
 
@@ -174,7 +165,7 @@ def _texts(body: Buffer) -> Iterator[tuple[int, int]]:
             end = body.find(b'"', end + 1)
             quotes += 1
             if quotes > MAX_QUOTES:
-                raise _too_many_quotes()
+                raise _too_much(TOO_MANY_QUOTES)
         if end < 0:
             raise not_json()
         yield start, end + 1

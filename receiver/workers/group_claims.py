@@ -104,9 +104,8 @@ class GroupClaims:
     def _hand_over(self, name: str, rows: list[Any]) -> None:
         self._in_hand.add(rows)
         with self._lock:
-            if has_ended := name in self._ended:
-                pass
-            else:
+            has_ended = name in self._ended
+            if not has_ended:
                 self._claimed[name] += rows
         if has_ended:
             self._give_back(rows)
