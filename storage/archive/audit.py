@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -100,9 +100,8 @@ class Counts:
         return sum(count for kind, count in self.found.items() if kind not in NOTES)
 
     def add(self, other: Counts) -> None:
-        for name in ("folders", "objects", "assets", "manifests", "hashed", "hashed_bytes"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.found += other.found
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "found": dict(sorted(self.found.items()))}

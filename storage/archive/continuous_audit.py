@@ -149,8 +149,8 @@ class ContinuousAudit:
         with self._database.write() as session:
             insert_or_ignore(session, RollingAudit, {"name": NAME, "due_at": db_now(), "checked": {}, "findings": []})
             claimed = update(RollingAudit).where(is_due).values(lease=uuid.uuid4(), due_at=db_now(self._lease_seconds))
-            options = {"synchronize_session": False}
-            row = session.scalars(claimed.returning(RollingAudit).execution_options(**options)).one_or_none()
+            claimed = claimed.execution_options(synchronize_session=False)
+            row = session.scalars(claimed.returning(RollingAudit)).one_or_none()
             if row is not None:
                 self._begin_round(row, tasks.now(session))
         return row

@@ -256,7 +256,8 @@ def read_at(bucket: Bucket, key: str) -> dict[str, Any]:
 def read(content: bytes) -> dict[str, Any]:
     """A manifest's members, with the digest verified. Raises `ManifestDamaged`."""
     try:
-        found = _parsed(content)
+        # RFC 8785 writes a float below 10^21 like an integer, and has no integer of 17 digits.
+        found = json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
         schema, claimed = found["schema"], found["digest"]
         actual = digest_of(found)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -266,11 +267,6 @@ def read(content: bytes) -> dict[str, Any]:
     if claimed != actual:
         raise ManifestDamaged("its content has another digest; restore the original")
     return dict(found)
-
-
-def _parsed(content: bytes) -> Any:
-    # RFC 8785 writes a float below 10^21 like an integer, and has no integer of 17 digits.
-    return json.loads(content, parse_int=lambda digits: int(digits) if len(digits) < 16 else float(digits))
 
 
 def digest_of(members: Mapping[str, Any]) -> str:

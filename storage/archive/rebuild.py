@@ -129,9 +129,8 @@ class Rebuild:
             return "there is no such object"
         if objects[key].size != asset.size:
             return f"it has {objects[key].size} bytes, the manifest says {asset.size}"
-        stored = self._bucket.head(key)
-        sha256 = None if self._deep or stored is None else stored.sha256
-        sha256 = sha256 or self._bucket.sha256(key)
+        stored = None if self._deep else self._bucket.head(key)
+        sha256 = (stored and stored.sha256) or self._bucket.sha256(key)
         return None if sha256 == asset.sha256 else f"its bytes hash to {sha256}, the manifest says {asset.sha256}"
 
     def _insert(self, session: Session, task: Task, found: _Found, restored: Restored) -> None:
@@ -206,8 +205,7 @@ def asset_from(task: Task, described: Mapping[str, Any]) -> Asset:
     values |= {name: _time(described[name]) for name in times}
     values |= {name: described.get(name) for name in manifest.ODD}
     values |= {"unusable_since": _time(described.get("unusable_since"))}
-    values |= {"unusable_tries": described.get("unusable_tries", 0)}
-    values |= {"unconfirmed": described.get("unconfirmed", False)}
+    values |= {"unusable_tries": values["unusable_tries"] or 0, "unconfirmed": bool(values["unconfirmed"])}
     asset = Asset(
         **values,
         id=uuid.UUID(described["id"]),
