@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import httpcore
 
@@ -14,9 +14,9 @@ from receiver.events.dispatcher import Outcome, SinkGone, SinkSilent, SinkUnavai
 from storage.errors import FetchInterrupted
 from storage.fetch import connection
 from storage.fetch.addresses import AddressPolicy, Target, check_url
-from storage.fetch.client import retry_after
 from storage.fetch.connection import KEEPALIVE_SECONDS, USER_AGENT
 from storage.http.connection import GuardedStream, TransferDeadline
+from storage.http_date import retry_after
 
 # Standard Webhooks recommends 15 to 30 s. A receiver that works longer should answer first.
 TIMEOUT_SECONDS = 15.0
@@ -29,7 +29,7 @@ GONE = 410
 
 @dataclass(frozen=True)
 class Answer:
-    """`after`: seconds that the receiver asks us to wait, capped (see `storage.fetch.retry_after`)."""
+    """`after`: seconds that the receiver asks us to wait, capped (see `retry_after`)."""
 
     host: str
     status: int
@@ -81,7 +81,7 @@ class Poster:
         with pace, _silences(target.host), self._request(target, body, headers) as response:
             _read_a_little(response)
             said = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
-        return Answer(target.host, response.status, retry_after(said.get("retry-after", ""), datetime.now(UTC)))
+        return Answer(target.host, response.status, retry_after(said.get("retry-after"), time.time()))
 
     def check(self, url: str) -> str:
         """Resolve and check where `url` leads, without connecting. Returns the host. Raises as `post` does."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from storage.circuit import PAUSE_CAP_SECONDS
-from storage.fetch.client import MAX_RETRY_AFTER_SECONDS
+from storage.http_date import MAX_RETRY_AFTER_SECONDS
 
 # A host without an answer so far, or whose last answer took longer, gets one callback at a time.
 QUICK_SECONDS = 1.0

@@ -18,7 +18,7 @@ from receiver.base import retry_schedule
 from storage.archive import unusable
 from storage.database.clock import db_now_once
 from storage.database.sessions import Database
-from storage.fetch.client import MAX_RETRY_AFTER_SECONDS
+from storage.http_date import MAX_RETRY_AFTER_SECONDS
 from storage.rows import claims
 from storage.rows.models import Asset, Callback, Dispatch, Task
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import ssl
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
 from typing import BinaryIO, NoReturn
 from urllib.parse import urljoin
@@ -31,7 +31,7 @@ from storage.fetch.media_types import Media
 from storage.fetch.transfer import Body
 from storage.http.client import Connections, NotHttp, Origin, Request
 from storage.http.connection import GuardedStream, TransferDeadline
-from storage.http_date import http_date
+from storage.http_date import retry_after
 
 # A CDN accepts a connection within one round trip. 10 s covers three lost SYNs (1 + 2 + 4 s).
 CONNECT_TIMEOUT_SECONDS = 10.0
@@ -53,8 +53,6 @@ MAX_RESUMES = 20
 EXPIRED = frozenset({401, 403, 404, 410})
 # Statuses that mean "later". Another 4xx is the same at every try.
 LATER = frozenset({408, 425, 429})
-# A longer Retry-After is shortened, because resellers delete results after 24 hours.
-MAX_RETRY_AFTER_SECONDS = 3_600.0
 KEPT_HEADERS = ("content-length", "content-type", "etag", "last-modified")
 MAX_HEADER_CHARACTERS = 256
 # Windows has no EDQUOT.
@@ -226,25 +224,9 @@ class Fetcher:
 def _refusal(status: int, headers: Mapping[str, str], host: str) -> Exception:
     if status in EXPIRED:
         return FetchExpired(f"{host} answered {status}")
-    after = retry_after(headers.get("retry-after", ""), datetime.now(UTC))
+    after = retry_after(headers.get("retry-after"), time.time())
     error = FetchInterrupted if status in LATER or status >= 500 else FetchUnusable
     return error(f"{host} answered {status}", after=after)
-
-
-def retry_after(value: str, now: datetime) -> float | None:
-    """Seconds of a Retry-After header, at most MAX_RETRY_AFTER_SECONDS; None if it is malformed or in the past.
-
-    Both forms: seconds and an HTTP date (RFC 9110 §10.2.3).
-    """
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        seconds = float(value[:9])
-    else:
-        moment = http_date(value)
-        if moment is None:
-            return None
-        seconds = moment - now.timestamp()
-    return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds > 0 else None
 
 
 def _raise_ours(error: Exception) -> NoReturn:

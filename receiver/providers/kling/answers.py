@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from receiver.providers.base import AlreadyExists, NoSuchCall, Unavailable
-from receiver.providers.kling.report import whole
 from storage.errors import AccountRefused, ModelRefused, ProviderFull, ProviderRejected, ProviderThrottled
-from storage.http_date import http_date
 
 FULL_CODE = 1303
 THROTTLED_CODES = frozenset({1302, FULL_CODE})
@@ -105,10 +103,3 @@ def message_in(document: Mapping[str, Any]) -> str:
         if isinstance(words, str) and words:
             return words
     return ""
-
-
-def retry_after(header: str | None, now: float) -> float | None:
-    """A Retry-After header, in seconds or as a date (RFC 9110 10.2.3), between 0 and an hour."""
-    moment = http_date(header or "")
-    wanted = moment - now if moment is not None else whole(header)
-    return None if wanted is None else min(max(float(wanted), 0), 3_600)

@@ -29,7 +29,7 @@ from receiver.providers.base import (
 )
 from receiver.providers.kling import prices
 from receiver.providers.kling import report as kling_report
-from receiver.providers.kling.answers import Answer, NotFound, NotKling, message_in, refusal, retry_after
+from receiver.providers.kling.answers import Answer, NotFound, NotKling, message_in, refusal
 from receiver.providers.kling.report import (
     find_record,
     loads,
@@ -59,7 +59,7 @@ from storage.errors import (
     UserError,
 )
 from storage.fetch.addresses import host_name
-from storage.http_date import http_date
+from storage.http_date import http_date, retry_after
 from storage.states import Report
 
 CREATE_PATH = "/v1/images/omni-image"

@@ -24,7 +24,6 @@ import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from storage.errors import (
 )
 from storage.fetch import connection as wire
 from storage.fetch.addresses import AddressPolicy
-from storage.fetch.client import Fetched, Fetcher, retry_after
+from storage.fetch.client import Fetched, Fetcher
 from storage.fetch.connection import USER_AGENT
 from storage.http.connection import HEAD_READ_BYTES, TransferDeadline
 from storage.spool import spool, sweep
@@ -667,23 +666,6 @@ def test_other_statuses_are_retried(host: FileHost) -> None:
         with pytest.raises(FetchInterrupted, match=str(status)) as interruption:
             fetch(host)
         assert interruption.value.after == 17
-
-
-RETRY_AFTER = {
-    "0": None,
-    "120": 120,
-    " 5 ": 5,
-    "99999999999999999999": 3600,
-    "Sun, 01 Nov 2026 00:01:00 GMT": 60,
-    "Sunday, 01-Nov-26 00:01:00 GMT": 60,
-    "Sun, 01 Nov 2026 09:00:00 GMT": 3600,
-    "Sat, 31 Oct 2026 00:00:00 GMT": None,
-} | dict.fromkeys(("", "-5", "1.5", "soon", "²", "inf", "nan", "Sun, 99 Nov 2026 00:00:00 GMT"))
-
-
-def test_retry_after_is_read_in_both_forms_and_capped() -> None:
-    now = datetime(2026, 11, 1, tzinfo=UTC)
-    assert {value: retry_after(value, now) for value in RETRY_AFTER} == RETRY_AFTER
 
 
 def test_three_redirects_are_followed_but_not_a_fourth(host: FileHost) -> None:
