@@ -21,6 +21,7 @@ from receiver.base.forms import Upload, address_of, came_from
 from receiver.base.visible import seen, short
 from receiver.console import catalogue, words
 from receiver.console.access import Session
+from receiver.tasks.changes import Tally
 from storage.filters import read_page
 
 HERE = Path(__file__).parent
@@ -114,6 +115,11 @@ class Visit:
     def say(self, words: str, *, bad: bool = False) -> None:
         """Show this text on the person's next page."""
         self.notices.add(self.session, "bad" if bad else "ok", words)
+
+    def say_left(self, tally: Tally) -> None:
+        """Show the first reasons why something was not done."""
+        for why in list(dict.fromkeys(tally.left.values()))[:3]:
+            self.say(self.cause(why, 200), bad=True)
 
     def page(self, template: str, *, status: int = 200, **values: Any) -> Response:
         """A whole page."""

@@ -110,8 +110,7 @@ class Actions:
         """Store what the person did and report the result."""
         refused = {"refused": next(iter(tally.left.values()))[:300]} if tally.left else {}
         note_act(self._of, visit.session.name, verb, task.external_task_id, [task.id], **data, **refused)
-        for why in list(tally.left.values())[:3]:
-            visit.say(visit.cause(why, 200), bad=True)
+        visit.say_left(tally)
         if tally.is_good and not quiet:
             said = "reread" if verb == "retry" and task.state is TaskState.FAILED else verb
             visit.say(visit.text(f"act.{said}_done"))

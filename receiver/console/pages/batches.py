@@ -87,8 +87,7 @@ class BatchPages:
         for key, n in (("batch.retried", again), ("batch.reread", read), ("batch.ask_anew", failed)):
             if n or (key == "batch.retried" and not read):
                 visit.say(visit.text(key, n=n, name=short(batch.name, 80)), bad=not n)
-        for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(visit.cause(why, 200), bad=True)
+        visit.say_left(tally)
         return visit.redirect(f"{HOME}/{batch.id}")
 
     def export(self, visit: Visit) -> Response:

@@ -117,8 +117,7 @@ class Deliveries:
         """Say to how many it was done, and why not to others, and store those it was done to. Returns the row's id."""
         done = {row.id: task_id for row, *_, task_id in rows if str(row.id) not in tally.left}
         visit.say(visit.text(said, n=len(done)), bad=not done)
-        for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(visit.cause(why, 200), bad=True)
+        visit.say_left(tally)
         subject = f"{counted(len(done), 'delivery', 'deliveries')} from {min(done, default='')}"
         return note_act(self._of, visit.session.name, action, subject, set(done.values()), **data) if done else None
 
