@@ -23,12 +23,10 @@ def size(count: int | float | None) -> str:
     """Bytes in a unit with at most three digits."""
     if count is None:
         return "–"
-    value = float(count)
-    for unit in UNITS:
-        if value < 1_000 or unit == UNITS[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
-        value /= 1_000
-    raise AssertionError
+    value, place = float(count), 0
+    while value >= 1_000 and place < len(UNITS) - 1:
+        value, place = value / 1_000, place + 1
+    return f"{value:.{0 if not place or value >= 100 else 1}f} {UNITS[place]}"
 
 
 def seconds(value: float | None, language: str) -> str:
@@ -68,9 +66,7 @@ def cause(said: str | None, language: str, most: int = 160) -> Markup:
 
 
 def bars(values: Sequence[float]) -> list[tuple[str, str, str, str]]:
-    """x, y, width and height of a bar for each value, together 240 by 44 pixels. A value above zero has at least a
-    pixel and a half.
-    """
+    """x, y, width and height of a bar for each value, in 240 by 44 pixels. One above zero is at least 1.5 high."""
     most, step = max(values, default=0) or 1, 240 / max(len(values), 1)
     tall = [max(1.5, value / most * 44) if value else 0 for value in values]
     return [(f"{n * step:.1f}", f"{44 - h:.1f}", f"{step * 0.72:.1f}", f"{h:.1f}") for n, h in enumerate(tall)]
