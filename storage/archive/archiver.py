@@ -28,6 +28,7 @@ from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import (
     FetchCut,
+    FetchExpired,
     FetchUnusable,
     GiveUp,
     LostClaim,
@@ -102,10 +103,9 @@ class Archiver:
         except LostClaim:
             remove_late_objects(self._database, self._bucket, asset.task_id)
             return
-        log.info(
-            "asset.attempt_finished", asset=str(asset.id), task_id=str(asset.task_id), kind=asset.kind,
-            index=asset.index, attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
-        )  # fmt: skip
+        facts = {"asset": str(asset.id), "task_id": str(asset.task_id), "kind": asset.kind, "index": asset.index}
+        seconds = round(time.monotonic() - started, 3)
+        log.info("asset.attempt_finished", **facts, attempts=asset.attempts, seconds=seconds)
 
     def _archive(self, asset: Asset, fetch_seconds: float | None) -> None:
         try:
@@ -113,7 +113,7 @@ class Archiver:
                 raise GiveUp(f"ended its worker {asset.losses} times; `receiver retry` tries again")
             # The task of an unusable file is read once before a try with an old link (`attempts` counts). The try uses
             # it if the read brings no other.
-            if asset.unusable_tries and asset.attempts <= 1 and self._is_link_old(asset):
+            if asset.unusable_tries and asset.attempts <= 1 and self._is_link_older(asset, db_now(-LINK_OLD_SECONDS)):
                 raise Refresh(asset.error or "it came unusable")
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 self._store(asset, fetch_seconds)
@@ -129,7 +129,8 @@ class Archiver:
             self._fail(asset, str(error))
 
     def _store(self, asset: Asset, fetch_seconds: float | None) -> None:
-        if asset.key and self._is_there(asset):
+        # The put of an earlier claim may have succeeded.
+        if asset.key and asset.sha256 and self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size or 0):
             return
         if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
             # An upload that an earlier claim left unfinished can never complete, and most stores bill it.
@@ -158,11 +159,6 @@ class Archiver:
             )
         if created and self._bucket.capabilities().proof == "md5":
             asset.notes = [*(asset.notes or ()), BY_MD5]
-
-    def _is_there(self, asset: Asset) -> bool:
-        """Whether the put of an earlier claim has succeeded."""
-        assert asset.key and asset.sha256 and asset.size is not None
-        return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
 
     def _note(self, asset: Asset, fetched: Fetched) -> str:
         """Write key, hash and size into the row under the lease before the put. A worker that takes over checks that
@@ -223,11 +219,11 @@ class Archiver:
             seconds=round(due_in, 1),
         )  # fmt: skip
 
-    def _is_link_old(self, asset: Asset) -> bool:
+    def _is_link_older(self, asset: Asset, moment: Any) -> bool:
         with self._database.read() as session:
             old = select(_TASKS.id).where(_TASKS.id == asset.task_id)
             known = func.coalesce(_TASKS.reported_at, _TASKS.created_at)
-            return session.execute(old.where(known < db_now(-LINK_OLD_SECONDS))).first() is not None
+            return session.execute(old.where(known <= moment)).first() is not None
 
     def _fail(self, asset: Asset, reason: str) -> None:
         with self._database.write() as session:
@@ -250,8 +246,12 @@ class Archiver:
 
     def _refresh(self, asset: Asset, error: Refresh) -> None:
         """Read the task now, because the URL has expired. A new URL makes the asset due at once; with the same URL it
-        backs off.
+        backs off. A dead URL from a read since the last try is an unusable answer: no further read helps.
         """
+        tries = asset.failed_tries if isinstance(error, FetchExpired) else None
+        if tries and not self._is_link_older(asset, datetime.fromisoformat(tries[-1]["at"])):
+            self._unusable(asset, FetchUnusable(str(error)))
+            return
         with self._database.write() as session:
             task = tasks.lock_known(session, asset.task_id)
             due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)

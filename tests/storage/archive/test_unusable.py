@@ -33,6 +33,7 @@ from tests.rows import event_names
 from tests.runs import file_host
 from tests.runs.file_host import Oddity
 from tests.storage.fetch.test_media_types import MP3, MP4, WAV
+from tests.unreported_tasks import queries
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 DAY = 86_400.0
@@ -80,6 +81,12 @@ def pass_time(parts: Parts, seconds: float) -> None:
                 for name in names:
                     moment = getattr(row, name)
                     setattr(row, name, moment and moment - timedelta(seconds=seconds))
+        for row in session.exec(select(Asset)):
+            row.failed_tries = [{**each, "at": earlier(each["at"], seconds)} for each in row.failed_tries or ()]
+
+
+def earlier(moment: str, seconds: float) -> str:
+    return (datetime.fromisoformat(moment) - timedelta(seconds=seconds)).isoformat()
 
 
 def try_until(parts: Parts, seconds: float, before_each: Callable[[], object] = bool) -> float:
@@ -255,6 +262,38 @@ def test_task_is_read_again_before_a_late_try_with_an_old_link(parts: Parts, san
     assert try_until(parts, 4 * 3_600) > 0
     assert asset_of(parts).source_url != before
     assert hits(sandbox)[0] == tries + 1
+
+
+@BOTH
+def test_a_link_that_is_dead_after_a_read_is_an_unusable_answer(parts: Parts, sandbox: Sandbox) -> None:
+    """A host that signs links anew at each read and refuses them took five reads a second for one file, for ever."""
+    succeeded(parts, sandbox, result_lifetime_seconds=0, fresh_urls_on_read=True)
+    reads = queries(sandbox)
+    for _ in range(6):
+        run(parts, "assets")
+        run(parts, "reads")
+    assert (queries(sandbox) - reads, asset_of(parts).unusable_tries) == (1, 1)
+    try_until(parts, 1_200)
+    task = task_of(parts, "task")
+    assert (task.archive, "task.incomplete" in event_names(parts.database, task)) == (ArchiveState.INCOMPLETE, True)
+    assert queries(sandbox) - reads <= SAID_AFTER_TRIES + 2
+    sandbox.set(result_lifetime_seconds=86_400)
+    try_until(parts, 2 * DAY)
+    assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
+
+
+@ONE_DATABASE
+def test_a_link_that_stays_dead_is_given_up_when_the_provider_has_deleted_the_file(
+    parts: Parts, sandbox: Sandbox
+) -> None:
+    """It was tried and read every 15 minutes for ever, and its task never ended."""
+    sandbox.set(result_lifetime_seconds=0)
+    succeeded(parts, sandbox)
+    try_until(parts, 40 * DAY)
+    asset = asset_of(parts)
+    assert (asset.state, asset.due_at) == (AssetState.FAILED, None)
+    assert "answered 403 (tried 17 times since" in str(asset.error)
+    assert sandbox.ledger().counts["cdn:403"] <= 2 * MAX_TRIES
 
 
 def test_each_late_file_makes_a_manifest_of_all_archived_files(parts: Parts, sandbox: Sandbox) -> None:
