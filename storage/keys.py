@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from datetime import UTC, datetime
+from typing import Any
 from urllib.parse import quote
 
 from storage.errors import UserError
@@ -56,8 +57,10 @@ def encode_id(external_task_id: str) -> str:
     return encoded
 
 
-def check_new_id(external_task_id: str) -> None:
+def check_new_id(external_task_id: Any) -> None:
     """Raises `IdInvalid` for an id that no new task may have. Existing rows with such an id continue."""
+    if not isinstance(external_task_id, str):  # of a JSON file, or of an untyped caller
+        raise IdInvalid("external_task_id: must be text")
     encode_id(external_task_id)
     if found := TERMINAL_CONTROLS.search(external_task_id):
         shown = found[0].encode("unicode_escape").decode()

@@ -168,6 +168,13 @@ def test_submit_with_an_id_that_a_script_left_empty_sends_nothing(ready: Command
     assert not sandbox.ledger().tasks
 
 
+def test_an_id_that_is_a_number_is_one_line(ready: CommandLine, sandbox: Sandbox) -> None:
+    asked = '{"model_name": "kling-image-o1", "prompt": "a boat", "external_task_id": 42}'
+    done = ready("submit", "--request", "-", given=asked)
+    assert (done.code, done.err.splitlines()[-1:]) == (1, ["external_task_id: must be text"])
+    assert not sandbox.ledger().tasks
+
+
 def test_submit_whose_remarks_cannot_be_written_prints_the_id(ready: CommandLine) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     variables, out = {**environment, **ready.variables, "RECEIVER_KLING_BASE_URL": "http://127.0.0.1:9"}, "out"
