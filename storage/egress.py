@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from storage.url_parts import ENCODE, split_url
+from storage.url_parts import ENCODE, host_and_port, split_url
 
 MAX_HEAD_BYTES = 16 * 1024
 # Used if the caller gives no timeout. The proxy has to resolve the name and to connect.
@@ -39,7 +39,7 @@ class EgressProxy:
     @property
     def place(self) -> str:
         """Host and port, without the password."""
-        return urlsplit(self.url).netloc.rpartition("@")[2]
+        return host_and_port(self.url)
 
     @property
     def name(self) -> str:

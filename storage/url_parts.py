@@ -24,6 +24,11 @@ def split_url(url: str) -> SplitResult:
     return parts
 
 
+def host_and_port(url: str) -> str:
+    """Without user and password, for messages."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
 # A URL's scheme, and the rest without user name and query. Line ends in a URL are ignored, as every client does.
 _URL = re.compile(r"[\x00-\x20]*(https?):(?://)?(?:[^/?#]*@)?([^?#]*)", re.I)
 # An address without a query matches too, or a long one would be read again from each `http` in it.

@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, or_, select
 
 from receiver.app import check_database, check_events, check_secrecy, check_store, database_faults
-from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, Result, Status, host_of, refused, start_command
+from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, Result, Status, refused, start_command
 from receiver.app.wiring import Parts
 from receiver.base import config, env_file
 from receiver.providers.base import Provider, ProxyUnavailable, Unavailable
@@ -46,6 +46,7 @@ from storage.operations.counted import counted
 from storage.own_files import is_writable_by_others
 from storage.rows.models import Task
 from storage.spool import room
+from storage.url_parts import host_and_port
 
 # The limit for all checks together, which run in parallel. A slow store's twenty requests fit into it, and an operator
 # still waits for it.
@@ -283,7 +284,7 @@ def provider(parts: Parts) -> Iterator[Result]:
     except UserError as error:
         yield Result("provider", Status.FAULT, str(error), "correct the RECEIVER_KLING_… setting")
         return
-    host = host_of(chosen.kling_base_url)
+    host = host_and_port(chosen.kling_base_url)
     try:
         _call_without_cost(kling)
     except (ProviderRejected, AccountRefused) as error:

@@ -6,7 +6,6 @@ import shlex
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from receiver.base.config import Settings
@@ -48,8 +47,3 @@ def refused(code: str | int | None, skew_seconds: float | None) -> Status:
 def start_command(settings: Settings) -> str:
     """The command that starts web server and workers with these settings."""
     return f"receiver serve --store {shlex.quote(str(settings.store))}" if settings.store else "receiver serve"
-
-
-def host_of(url: str) -> str:
-    """Host and port only, because a URL may hold a password."""
-    return urlsplit(url).netloc.rpartition("@")[2]

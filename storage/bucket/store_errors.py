@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from urllib.parse import urlsplit
 
 from botocore import exceptions as boto_errors
 from botocore.parsers import ResponseParserError
@@ -12,6 +11,7 @@ from botocore.parsers import ResponseParserError
 from storage.bucket.bounded_connections import Redirected, UnusableAnswer
 from storage.bucket.http_connections import TOO_SLOW
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
+from storage.url_parts import host_and_port
 
 # Messages by the store's error code. The answer to a HEAD has no body, so its code is the HTTP status.
 REASONS = {
@@ -242,4 +242,4 @@ def store_at(endpoint_url: str | None) -> str:
 
 def host(url: str | None) -> str:
     """Host and port only, because a URL may hold a password. None: no client has been made for boto3's own endpoint."""
-    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"
+    return host_and_port(url) if url else "AWS"
