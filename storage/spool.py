@@ -176,9 +176,9 @@ def blocks(file: BinaryIO) -> Iterator[memoryview]:
         yield memoryview(block)
 
 
-def sweep(directory: Path | None, *, older_than_hours: float = SPOOL_STALE_HOURS) -> int:
+def sweep(directory: Path | None) -> int:
     """Remove spool files of crashed processes from `directory` (None: the system's). Returns how many."""
-    before = time.time() - older_than_hours * 3_600
+    before = time.time() - SPOOL_STALE_HOURS * 3_600
     removed = 0
     for path in Path(directory or tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
         try:
