@@ -35,8 +35,6 @@ MAX_ERROR_BYTES = 64 * 1024
 MAX_TAGS = 200_000
 # No answer of S3 has a document type, in which entities are declared.
 DOCUMENT_TYPE = b"<!DOCTYPE"
-
-
 # A redirect without a region leads to no store: to https, or to a log-in page. boto3 would ask for the region by a HEAD
 # that is redirected too, for which it asks again: 110 requests, and a RecursionError.
 REDIRECTS, REGION_HEADER = frozenset({301, 302, 303, 307, 308}), "x-amz-bucket-region"

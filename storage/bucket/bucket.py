@@ -37,8 +37,6 @@ MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
 # Pauses before a put is repeated that the store answered with 409. After the last one the row backs off.
 CONFLICT_PAUSES = (0.1, 0.5, 2.0)
 PROBE_FOLDER = ".receiver-probe/"
-
-
 # How long a probe is valid. A downgrade or a new proxy may change the store's capabilities.
 PROBE_SECONDS = 3_600
 

@@ -26,7 +26,6 @@ from storage.states import AssetFacts, AssetName, TaskFacts
 # The same task, kind and index give the same asset id, also after a rebuild.
 ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
 
-
 _NAMES = tuple(Task.__table__.columns.keys())  # type: ignore[attr-defined]
 _INSERT_NEW = {
     name: insert(Task.__table__)  # type: ignore[attr-defined]
@@ -83,8 +82,6 @@ def lock(session: Session, task_id: uuid.UUID) -> Task | None:
 
 _LOCKED_ROW = sqlalchemy.select(Task.__table__).where(col(Task.id) == bindparam("wanted"))  # type: ignore[attr-defined]
 _LOCKED_ROW = _LOCKED_ROW.with_for_update()
-
-
 # In a locked row of no session: its columns as they were read.
 _LOADED = "loaded"
 
@@ -210,8 +207,6 @@ def request_note(task: TaskColumns) -> str | None:
 # -- the slots of one task; storage/accounts/slots.py decides which task gets some -------------------------------------
 
 SILENT = "silent for 24 h: its slots were given back"
-
-
 # Of a task whose create got no answer.
 NOT_FOUND = "called back, but the provider does not find it: it is not sent again"
 

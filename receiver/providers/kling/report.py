@@ -56,8 +56,6 @@ STATES = {
 # Signed URLs give their expiry in Unix seconds, decimal (observed) or hexadecimal (third). Other numbers are no times.
 EXPIRY_PARAMETERS = (("Expires", re.compile("[0-9]{8,10}"), 10), ("ksTime", re.compile("[0-9a-fA-F]{8,10}"), 16))
 EXPIRY_RANGE = (1_577_836_800, 4_102_444_800)  # 2020-01-01 .. 2100-01-01
-
-
 # The first bytes of a gzip file. No provider is known to compress callbacks.
 GZIP = b"\x1f\x8b"
 _DECODER = json.JSONDecoder(
