@@ -47,7 +47,7 @@ LINE_ORDER = ("created_at", "batch_line", "id")
 
 
 class TaskColumns(Claimable):
-    """One request to a provider. Only applying a report changes `state` and `archive`, under this row's lock.
+    """One request to a provider. `state` and `archive` change under this row's lock alone.
 
     Such a row belongs to no session and nothing tracks it: `tasks.save` writes its changes.
     """
