@@ -26,6 +26,7 @@ from storage.accounts.batches import CHUNK, Counts
 from storage.database.sessions import Database
 from storage.errors import UserError
 from storage.operations import maintenance
+from storage.operations.lists import newest_batches
 from storage.rows import reports, tasks
 from storage.rows.models import Batch, Task
 from storage.rows.task_conditions import is_dismissed
@@ -169,7 +170,7 @@ class Batches:
     def newest(self, limit: int) -> list[tuple[Batch, Counts]]:
         """The newest batches with their counts, newest first."""
         with self._database.read() as session:
-            return [(batch, batches.counts(session, batch.id)) for batch in batches.newest(session, limit)]
+            return [(batch, batches.counts(session, batch.id)) for batch in newest_batches(session, None, limit).rows]
 
     def pages(self, name: str) -> Iterator[list[Task]]:
         """The tasks of a batch in the order of its file, some hundred at a time. Raises `NoSuchBatch`."""

@@ -94,11 +94,6 @@ def make(session: Session, name: str) -> Batch:
     return session.exec(select(Batch).where(Batch.name == name)).one()
 
 
-def newest(session: Session, limit: int) -> list[Batch]:
-    """The newest batches, newest first."""
-    return list(session.exec(select(Batch).order_by(col(Batch.created_at).desc(), Batch.name).limit(limit)))
-
-
 def known(session: Session, external_ids: Sequence[str]) -> dict[str, Known]:
     """Existing tasks with these external ids, by external id. `external_ids`: at most some thousand."""
     columns: Any = (Task.external_task_id, Task.id, Task.request_hash, Task.batch_id, Task.batch_line, Task.deleted_at)
