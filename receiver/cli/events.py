@@ -206,7 +206,10 @@ def _print(parts: Parts, event: Event, subject: str | None, as_json: bool) -> No
 
 @app.command()
 def enable(name: Annotated[str, typer.Argument(help="Name of the sink.")], as_json: Json = False) -> None:
-    """Queue events for a disabled sink again, from now on. `redeliver --all-dead --sink` sends the missed ones."""
+    """Queue events for a disabled sink again, from now on. `redeliver --all-dead --sink` sends those given up.
+
+    Those since it was disabled are never sent: `tail --after NUMBER --json` prints them.
+    """
     from storage.operations import outbox
 
     with opened(needs_bucket=False) as parts, parts.database.write() as session:

@@ -153,6 +153,20 @@ def test_events_of_a_disabled_sink_are_not_said_to_be_sent_again(database: Datab
     assert run("redeliver", "--all-dead") == (0, "redelivered: 2\n")
 
 
+def test_events_of_the_time_in_which_a_sink_was_disabled_are_never_sent_and_its_help_says_so(
+    database: Database, run: Run
+) -> None:
+    three(database)
+    run("disable", HOOK.sink)
+    with database.write() as session:
+        record(session, EventName.TASK_FAILED, None)
+    outbox.sequence_all(database, [HOOK])
+    run("enable", HOOK.sink)
+    assert run("redeliver", "--all-dead") == (0, "redelivered: 2\n")
+    assert "Those since it was disabled are never sent" in run("enable", "--help")[1]
+    assert "task.failed" in run("tail", "--after", "3")[1]
+
+
 def test_redeliver_names_a_sink_that_is_not_configured(
     database: Database, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
