@@ -30,7 +30,7 @@ STATUS_OF_STATE: dict[TaskState, Status] = {
 # As in storage.states: only a late success may contradict an earlier status.
 RANK: dict[Status, int] = {"submitted": 0, "processing": 1, "failed": 2, "succeed": 3}
 RETRY_AFTER_SECONDS = 5
-USUAL_CODES = {401: 1002, 403: 1103, 404: 1203}
+USUAL_CODES = {401: 1002, 402: 1102, 403: 1103, 404: 1203}
 # Events that the provider reported.
 STATUS_OF_EVENT: dict[str, Status] = {
     EventName.TASK_SUBMITTED: "submitted",

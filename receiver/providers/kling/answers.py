@@ -23,6 +23,8 @@ MODEL_CODE = 1103
 NO_ROUTE = frozenset({404, 405, 501})
 # The timeouts of proxies, which may have passed the request on. Many repeat the HTTP status as their `code`.
 TIMED_OUT = frozenset({408, 499})
+# Where a gateway's own balance is empty, it answers 402, or 403 with `quota_not_enough` or `insufficient_user_quota`.
+NO_BALANCE = re.compile(r"quota|balance|\bcredits?\b|余额|额度|欠费", re.IGNORECASE)
 # 1201 is also the code of any invalid parameter. Only the message distinguishes them.
 EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
 NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)
@@ -58,7 +60,7 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     refuses = 1_000 <= code < 2_000
     if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
         return NoSuchCall(words, code=answer.code, http_status=status)
-    throttled = _throttled(status, code, creating=creating)
+    throttled = _throttled(status, code, answer.message, creating=creating)
     if throttled is not None:
         return throttled(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
     if answer.document is None and status != 413:
@@ -75,10 +77,11 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     return NotKling(words, after=answer.after)
 
 
-def _throttled(status: int, code: int, *, creating: bool) -> type[ProviderThrottled] | None:
+def _throttled(status: int, code: int, message: str, *, creating: bool) -> type[ProviderThrottled] | None:
     """The error of an answer that says nothing about the request itself; None for other answers."""
     refuses = 1_000 <= code < 2_000
-    if code in ACCOUNT_CODES or (status == 401 and not refuses):
+    is_of_account = status in (401, 402) or (status == 403 and NO_BALANCE.search(message))
+    if code in ACCOUNT_CODES or (is_of_account and not refuses):
         return AccountRefused
     if creating and code == MODEL_CODE:
         return ModelRefused
@@ -97,9 +100,11 @@ def _definite(answer: Answer, *, creating: bool) -> ProviderRejected:
 
 
 def message_in(document: Mapping[str, Any]) -> str:
-    """The message of an error, in Kling's form or a gateway's `{"error": {"message": …}}`."""
-    error = document.get("error")
-    for words in (document.get("message"), error.get("message") if isinstance(error, dict) else error):
+    """The message of an error, in Kling's form or a gateway's: `error` {`message`}, `msg`, `detail` or [{`msg`}]."""
+    error, detail = document.get("error"), document.get("detail")
+    first = detail[0] if isinstance(detail, list) and detail else detail
+    ours = (document.get("message"), error.get("message") if isinstance(error, dict) else error)
+    for words in (*ours, document.get("msg"), first.get("msg") if isinstance(first, dict) else first):
         if isinstance(words, str) and words:
             return words
     return ""

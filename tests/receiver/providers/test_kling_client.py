@@ -281,6 +281,36 @@ def test_a_gateways_own_refusal_of_the_key_is_definite(
         create(kling)
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (402, {"detail": "INSUFFICIENT_CREDITS"}, "INSUFFICIENT_CREDITS"),
+        (402, {"code": 402, "msg": "Insufficient credits", "data": None}, "Insufficient credits"),
+        (403, {"code": "quota_not_enough", "message": "user quota is not enough"}, "user quota is not enough"),
+        (
+            403,
+            {"error": {"message": "用户额度不足, 剩余额度: $0", "code": "insufficient_user_quota"}},
+            "用户额度不足, 剩余额度: $0",
+        ),
+    ],
+)
+def test_an_empty_balance_at_a_gateway_is_a_refusal_of_the_account(
+    server: Scripted, kling: Kling, status: int, body: Any, said: str
+) -> None:
+    """It failed every task of a batch (403), or each was sent again and again by itself (402)."""
+    server.answer(body, status)
+    with pytest.raises(AccountRefused) as caught:
+        create(kling)
+    assert (caught.value.http_status, caught.value.said) == (status, said)
+
+
+@pytest.mark.parametrize("detail", ["too long", [{"loc": ["body", "prompt"], "msg": "too long"}]])
+def test_a_gateways_words_are_shown_in_whatever_field_they_are(server: Scripted, kling: Kling, detail: Any) -> None:
+    server.answer({"detail": detail}, 403)
+    with pytest.raises(ProviderRejected, match="HTTP 403: too long"):
+        create(kling)
+
+
 def test_a_gateways_own_limit_is_a_limit(server: Scripted, kling: Kling) -> None:
     server.answer(b"slow down", 429, Retry_After="3")
     with pytest.raises(ProviderThrottled) as caught:
