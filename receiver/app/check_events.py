@@ -70,6 +70,7 @@ def numbers(parts: Parts) -> Iterator[Result]:
 
 def undelivered(parts: Parts) -> Iterator[Result]:
     """Check which sinks did not take their events, and the last answer of each. Without the clients of the gateway."""
+    known = {each.sink for each in parts.subscriptions}
     kinds = {
         outbox.IS_DEAD: ("given up", "repair that receiver, then `receiver events redeliver --all-dead --sink {}`"),
         outbox.IS_OPEN & col(Dispatch.error).is_not(None): ("waiting", "repair that receiver; they are sent again"),
@@ -80,9 +81,26 @@ def undelivered(parts: Parts) -> Iterator[Result]:
             rows = select(Dispatch.sink, Dispatch.id).where(condition).limit(2**62).subquery().c
             newest = select(rows.sink, func.count(), func.max(rows.id)).group_by(rows.sink)
             for name, count, dispatch in session.execute(newest.where(rows.sink != outbox.CLIENTS)).all():
+                if words == "waiting" and name not in known:
+                    continue  # see `left_behind`
                 error = session.execute(select(Dispatch.error).where(col(Dispatch.id) == dispatch)).scalar_one()
                 line = plain(f"{counted(count, 'event')} {words}, the newest after: {error}", MAX_LINE_CHARS)
                 yield Result(f"events to {name}: {words}", Status.NOTE, line, advice.format(as_argument(name)))
+
+
+def left_behind(parts: Parts) -> Iterator[Result]:
+    """Check for events of sinks that were renamed or removed while these waited: no worker sends them."""
+    known = {each.sink for each in parts.subscriptions}
+    rows = select(Dispatch.sink).where(outbox.IS_OPEN).limit(2**62).subquery().c  # the limit: as above
+    with parts.database.read() as session:
+        counts = session.execute(select(rows.sink, func.count()).group_by(rows.sink).order_by(rows.sink)).all()
+    for name, count in counts:
+        if name not in known:
+            line = f"{counted(count, 'event')} waiting, and RECEIVER_EVENT_SINKS has no sink of this name"
+            advice = (
+                f"give a sink this name, which then gets them, or run `receiver events disable {as_argument(name)}`"
+            )
+            yield Result(f"events to {name}: waiting", Status.FAULT, line, advice)
 
 
 def disabled(parts: Parts) -> Iterator[Result]:

@@ -202,6 +202,7 @@ def database(parts: Parts) -> Iterator[Result]:
             yield from _pauses(parts)
             yield from check_events.numbers(parts)
             yield from check_events.undelivered(parts)
+            yield from check_events.left_behind(parts)
             yield from check_events.disabled(parts)
     except (DatabaseUnavailable, database_faults.DatabaseRefused, DBAPIError, OSError) as error:
         url = parts.database.url

@@ -273,6 +273,7 @@ def test_status_names_the_rows_that_need_a_person(parts: Parts, capsys: pytest.C
     assert f"  deliveries unmatched: {unmatched.id}" in said
 
 
+@pytest.mark.parametrize("changes", [{"event_sinks": "b=stdout: c=file:///tmp/c.jsonl"}])
 def test_check_says_what_sinks_answered(parts: Parts) -> None:
     for sink, state in (("a b", "dead"), ("b", "dead"), ("b", "due"), ("c", "due"), ("client", "dead")):
         tell(parts, sink, DispatchState(state), seconds_ago=60)
@@ -287,6 +288,20 @@ def test_check_says_what_sinks_answered(parts: Parts) -> None:
         "events to b: given up": (given_up, f"{mend} b`"),
         "events to b: waiting": (waits, "repair that receiver; they are sent again"),
     }
+
+
+@pytest.mark.parametrize("changes", [{"event_sinks": "new=stdout:"}])
+def test_check_names_a_sink_that_was_renamed_while_events_waited(parts: Parts) -> None:
+    """The alarm on the oldest event led to a check that named nothing, or said that they are sent again."""
+    for sink, state in (("old", "due"), ("old", "due"), ("new", "due"), ("client", "due"), ("gone", "dead")):
+        tell(parts, sink, DispatchState(state), seconds_ago=60)
+    with parts.database.write() as session:
+        session.execute(update(Dispatch).where(col(Dispatch.id) == 1).values(error="a-host answered 500"))
+    assert "events to old: waiting" not in {each.name for each in check_events.undelivered(parts)}
+    [found] = check_events.left_behind(parts)
+    assert (found.name, found.status) == ("events to old: waiting", Status.FAULT)
+    assert found.line == "2 events waiting, and RECEIVER_EVENT_SINKS has no sink of this name"
+    assert "`receiver events disable old`" in found.advice
 
 
 @pytest.mark.parametrize("changes", [{"event_sinks": "a=stdout: b=file:///tmp/b.jsonl"}])
