@@ -26,6 +26,7 @@ from storage.accounts.accepted_creates import may_prove_accepted, was_accepted
 from storage.accounts.slots import Slots
 from storage.database.sessions import Database, again_on_new_session
 from storage.errors import (
+    AccountRefused,
     DatabaseUnavailable,
     NoRoom,
     NoSlots,
@@ -42,6 +43,7 @@ from storage.states import ArchiveState, Step, TaskState
 log = structlog.get_logger()
 
 ALL_HELD = "all slots of the account are held"
+NO_CREDENTIALS = "no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY"
 
 
 class Conflict(UserError):
@@ -98,7 +100,7 @@ class Submitter:
         credentials `SettingsInvalid`.
         """
         if not self._has_credentials:  # the create would pause the account, also for workers that have a key
-            raise SettingsInvalid("no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY")
+            raise SettingsInvalid(NO_CREDENTIALS)
         wanted = self.parse(request) if isinstance(request, Mapping) else request
         external_task_id = str(uuid.uuid4()) if external_task_id is None else external_task_id
 
@@ -158,6 +160,8 @@ class Submitter:
         transaction back. A row of an account that was refused lately may wait in both cases. The call may be repeated
         with the same row after a rollback.
         """
+        if not (queue or self._has_credentials):  # the caller would send it, see `submit`
+            raise AccountRefused(NO_CREDENTIALS)
         task.queued_at, task.slots = None, abs(task.slots)
         refusal = pauses.refusal(session, task.provider, task.model)
         if refusal and not queue:

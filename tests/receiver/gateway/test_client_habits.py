@@ -14,6 +14,7 @@ from receiver.cli import show
 from receiver.gateway.creates import DEFAULT_MODEL_NOTE
 from receiver.sandbox import Sandbox
 from receiver.tasks.adopt import Adopter
+from storage.accounts import pauses
 from storage.states import ArchiveState
 from tests.pipeline import Web, drain, task_of
 from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, PATH, PLAIN, call, create, rows, status_and_code
@@ -133,3 +134,14 @@ def test_url_safe_base64_is_sent_in_the_alphabet_that_kling_takes(web: Web, sand
     assert "-" in url_safe and "_" in url_safe
     assert create(web, {**PLAIN, "image_list": [{"image": url_safe}]}).status_code == 200
     assert creates(sandbox)[0]["image_list"] == [{"image": picture}]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{**CHANGES, "kling_api_key": None}])
+def test_web_process_without_credentials_does_not_pause_the_account_of_others(
+    web: Web, parts: Parts, sandbox: Sandbox
+) -> None:
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (401, 1000)
+    with parts.database.read() as session:
+        assert not pauses.every(session)
+    assert (rows(parts), creates(sandbox)) == ([], [])
