@@ -195,8 +195,7 @@ class Batches:
             ids = batches.not_kept(session, self._batch(session, name).id, dismissed=False)
         for task_id in ids:
             with change(self._database, dry_run=dry_run) as session:
-                task = tasks.lock(session, task_id)
-                assert task is not None  # Task rows are never removed.
+                task = tasks.lock_existing(session, task_id)
                 self._retry(session, tally, task)
         return tally
 

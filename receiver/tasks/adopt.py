@@ -143,8 +143,8 @@ class Adopter:
 
     def _look_up_instead(self, session: Session, task: Task, report: Report) -> None:
         """Let a create that waits to be sent be looked up: a restored backup has it from before it was sent."""
-        row = tasks.lock(session, task.id)
-        if row is not None and row.step is Step.CREATE and row.lease is None and row.sent_at is None:
+        row = tasks.lock_existing(session, task.id)
+        if row.step is Step.CREATE and row.lease is None and row.sent_at is None:
             row.sent_at = max(row.created_at, report.created_at or row.created_at)
             session.flush()
 

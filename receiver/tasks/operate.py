@@ -79,16 +79,14 @@ class Operator:
         return tally
 
     def _retry_task(self, session: Session, tally: Tally, task_id: uuid.UUID, name: str) -> None:
-        task = tasks.lock(session, task_id)
-        assert task is not None
+        task = tasks.lock_existing(session, task_id)
         done = maintenance.retry(session, task, self._schedule)
         if done.reason:
             tally.left[name] = done.reason
         tally.counts.update(done.counts)
 
     def _retry_asset(self, session: Session, tally: Tally, asset: Asset, accept_unverified: bool) -> None:
-        task = tasks.lock(session, asset.task_id)
-        assert task is not None
+        task = tasks.lock_existing(session, asset.task_id)
         done = maintenance.retry_files(session, task, [asset.id], self._schedule, accept_unverified=accept_unverified)
         tally.counts["files_due"] += done
         if not done:
@@ -110,8 +108,7 @@ class Operator:
             if task_id in whole:  # done below, with all of its files
                 continue
             with change(self._database, dry_run=self._dry_run) as session:
-                task = tasks.lock(session, task_id)
-                assert task is not None
+                task = tasks.lock_existing(session, task_id)
                 ids = [asset_id for _, asset_id in group]
                 tally.counts["files_due"] += maintenance.retry_files(session, task, ids, self._schedule)
         for task_id in others:

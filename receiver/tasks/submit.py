@@ -242,8 +242,8 @@ class Submitter:
         wanted = self._provider.request_facts(request).slots
         with self._database.write() as session:
             free = self._slots.reserve(session, wanted)
-            task = tasks.lock(session, task_id)
-            if task is None or not _can_be_adopted(task):
+            task = tasks.lock_existing(session, task_id)
+            if not _can_be_adopted(task):
                 return
             task.state, task.archive, task.adopt = TaskState.CREATED, ArchiveState.NONE, True
             task.error = task.note = task.completed_at = None

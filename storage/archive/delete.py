@@ -85,8 +85,7 @@ def _refuse_locked(bucket: Bucket, folders: set[str]) -> None:
 def _set_tombstone(database: Database, task: Task) -> bool:
     """Set `deleted_at`. From then on reports change nothing. Returns whether it was set before."""
     with database.write() as session:
-        row = tasks.lock(session, task.id)
-        assert row is not None  # task rows are never removed
+        row = tasks.lock_existing(session, task.id)
         if row.deleted_at is not None:
             return True
         if session.execute(select(Task.id).where(Task.id == row.id, IS_OVER)).first() is None:
@@ -115,8 +114,7 @@ def remove_late_objects(database: Database, bucket: Bucket, task_id: uuid.UUID) 
 def _blank(database: Database, task: Task) -> None:
     """Keep only the task's ids, times and states."""
     with database.write() as session:
-        row = tasks.lock(session, task.id)
-        assert row is not None
+        row = tasks.lock_existing(session, task.id)
         session.execute(delete_rows(Asset).where(col(Asset.task_id) == task.id))
         at_account = (col(Callback.task_id).is_(None), col(Callback.provider) == row.provider)
         of_task: list[tuple[Any, ...]] = [(col(Callback.task_id) == task.id,)]

@@ -141,8 +141,8 @@ class Repairer:
         missing = finding.kind is FindingKind.MANIFEST_MISSING
         number, digest = self._previous_manifest(task) if missing else (task.manifests, task.manifest_digest)
         with self._database.write() as session:
-            row = tasks.lock(session, task.id)
-            if row is None or row.manifest_digest != task.manifest_digest:
+            row = tasks.lock_existing(session, task.id)
+            if row.manifest_digest != task.manifest_digest:
                 return "left alone: the row has changed since"
             row.manifests, row.manifest_digest = number, digest
             self._reopen(session, row)

@@ -272,8 +272,7 @@ def adopt(session: Session, task: Task, report: Report, schedule: reports.Schedu
     task.created_at = task.sent_at = task.submitted_at = min(now, report.created_at or now)
     if not tasks.insert_new(session, task):
         return False
-    row = tasks.lock(session, task.id)
-    assert row is not None
+    row = tasks.lock_existing(session, task.id)
     reports.apply(session, row, report, schedule, now=now, pushed=False)
     return True
 

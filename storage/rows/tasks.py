@@ -80,6 +80,11 @@ def lock(session: Session, task_id: uuid.UUID) -> Task | None:
     return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
 
 
+def lock_existing(session: Session, task_id: uuid.UUID) -> Task:
+    """`lock` of a task that was read before: rows of tasks are never removed."""
+    return session.scalars(_LOCKED, {"wanted": task_id}).one()
+
+
 _LOCKED_ROW = sqlalchemy.select(Task.__table__).where(col(Task.id) == bindparam("wanted"))  # type: ignore[attr-defined]
 _LOCKED_ROW = _LOCKED_ROW.with_for_update()
 # In a locked row of no session: its columns as they were read.
