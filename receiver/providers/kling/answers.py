@@ -1,7 +1,7 @@
 """What an answer of Kling's HTTP API means. `code` in its JSON decides, not the HTTP status.
 
-An answer that is not Kling's says nothing about the request. After such an answer a create is looked up by its external
-id before it is sent again.
+An answer that is not Kling's says nothing about the request, unless it is a gateway's 400 or 422 with a message. After
+such an answer a create is looked up by its external id before it is sent again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from receiver.providers.base import AlreadyExists, NoSuchCall, Unavailable
+from receiver.providers.kling.report import find_record
 from storage.errors import AccountRefused, ModelRefused, ProviderFull, ProviderRejected, ProviderThrottled
 
 FULL_CODE = 1303
@@ -23,6 +24,8 @@ MODEL_CODE = 1103
 NO_ROUTE = frozenset({404, 405, 501})
 # The timeouts of proxies, which may have passed the request on. Many repeat the HTTP status as their `code`.
 TIMED_OUT = frozenset({408, 499})
+# Refusals of a create by a gateway that has words of its own in place of Kling's codes. A 404 may be a wrong base URL.
+REFUSED = frozenset({400, 422})
 # Where a gateway's own balance is empty, it answers 402, or 403 with `quota_not_enough` or `insufficient_user_quota`.
 NO_BALANCE = re.compile(r"quota|balance|\bcredits?\b|余额|额度|欠费", re.IGNORECASE)
 # 1201 is also the code of any invalid parameter. Only the message distinguishes them.
@@ -58,6 +61,8 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     """The error that an answer reports; None if it may contain the requested data."""
     status, code, words = answer.http_status, answer.code or 0, answer.words
     refuses = 1_000 <= code < 2_000
+    if 200 <= status < 300 and 400 <= code < 600 and find_record(answer.document) is None:
+        status = code  # some gateways answer everything 200
     if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
         return NoSuchCall(words, code=answer.code, http_status=status)
     throttled = _throttled(status, code, answer.message, creating=creating)
@@ -72,7 +77,8 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     if not refuses and status in TIMED_OUT:
         return NotKling(words, after=answer.after)
     unknown_task = not creating and 400 <= status < 500 and NOT_FOUND.search(answer.message)
-    if refuses or unknown_task or (code and 400 <= status < 500) or status in (403, 413):
+    is_refused = creating and status in REFUSED and answer.message
+    if refuses or unknown_task or is_refused or (code and 400 <= status < 500) or status in (403, 413):
         return _definite(answer, creating=creating)
     return NotKling(words, after=answer.after)
 

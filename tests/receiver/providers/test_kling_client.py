@@ -311,6 +311,52 @@ def test_a_gateways_words_are_shown_in_whatever_field_they_are(server: Scripted,
         create(kling)
 
 
+GATEWAY_WORDS = {"code": "fail_to_fetch_task", "message": "risk control", "data": None}
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, GATEWAY_WORDS),
+        (400, {"error": {"message": "risk control", "type": "invalid_request_error", "code": "invalid_request"}}),
+        (422, {"detail": [{"loc": ["body", "prompt"], "msg": "risk control"}]}),
+        (200, {"code": 400, "msg": "risk control", "data": None}),
+        (200, {"code": 422, "message": "risk control"}),
+    ],
+)
+def test_a_gateways_own_refusal_of_a_request_is_definite(
+    server: Scripted, kling: Kling, status: int, body: Any
+) -> None:
+    """Such a create was looked up and sent again for ever."""
+    server.answer(body, status)
+    with pytest.raises(ProviderRejected, match="risk control") as caught:
+        create(kling)
+    assert caught.value.http_status == status
+
+
+def test_a_used_external_id_is_recognized_in_a_gateways_words(server: Scripted, kling: Kling) -> None:
+    upstream = json.dumps(payload("error-duplicate-external-id"))
+    server.answer({**GATEWAY_WORDS, "message": upstream}, 400)
+    with pytest.raises(AlreadyExists):
+        create(kling)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(401, AccountRefused), (402, AccountRefused), (429, ProviderThrottled), (500, Unavailable)]
+)
+def test_the_code_is_the_status_where_a_gateway_answers_everything_200(
+    server: Scripted, kling: Kling, code: int, kind: type[Exception]
+) -> None:
+    server.answer({"code": code, "msg": "no", "data": None})
+    with pytest.raises(kind, match=f"HTTP 200, code {code}: no"):
+        create(kling)
+
+
+def test_an_unknown_task_may_be_answered_200(server: Scripted, kling: Kling) -> None:
+    server.answer({"code": 404, "msg": "task not exist", "data": None})
+    assert kling.read(provider_task_id=None, external_task_id="mine") is None
+
+
 def test_a_gateways_own_limit_is_a_limit(server: Scripted, kling: Kling) -> None:
     server.answer(b"slow down", 429, Retry_After="3")
     with pytest.raises(ProviderThrottled) as caught:
