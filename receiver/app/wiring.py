@@ -292,6 +292,7 @@ class Parts:
             gateway=self.gateway,
             stream=self.stream,
             slots=self.slots,
+            sinks=[each.sink for each in self.subscriptions],
             console=self.console,
             path_prefix=urlsplit(chosen.public_url or "").path,
         )

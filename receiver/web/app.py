@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -53,20 +53,23 @@ def build(
     gateway: Gateway | None = None,
     stream: Stream | None = None,
     slots: Slots | None = None,
+    sinks: Collection[str] | None = None,
     console: Console | None = None,
     path_prefix: str = "",
 ) -> Web:
     """The ASGI application. Its lifespan starts the group commit, and at the end commits and answers what waits.
 
-    `bucket`: its state is part of `/readyz`. `slots`: their limit is part of `/metrics`. `assets` answers `/assets`,
-    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. `path_prefix`: of the
-    public URL, see `Web`. Call the application's `endings` before the server stops.
+    `bucket`: its state is part of `/readyz`. `slots`: their limit is part of `/metrics`. `sinks`: see `Health`.
+    `assets` answers `/assets`, `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None
+    = 404. `path_prefix`: of the public URL, see `Web`. Call the application's `endings` before the server stops.
     """
     database.outages.is_on = True
     group_commit = GroupCommit(database)
     callbacks = Callbacks(database, group_commit, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
-    health = Health(database, group_commit, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
+    health = Health(
+        database, group_commit, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots, sinks=sinks
+    )
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

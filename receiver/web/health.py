@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import os
 import uuid
+from collections.abc import Collection
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -45,7 +46,8 @@ REPORTED = frozenset({"waiting", "clients"})
 class Health:
     """The endpoints. `metrics_token`: opens `/metrics` and the details of `/readyz`; None = both are hidden.
 
-    `deadline_seconds`: how long before the provider deletes a file its task counts as near its deadline.
+    `deadline_seconds`: how long before the provider deletes a file its task counts as near its deadline. `sinks`: those
+    of the setting. Another one that is disabled is no fault: it was removed, as `receiver check` advises. None: all.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Health:
         deadline_seconds: float,
         bucket: Bucket | None = None,
         slots: Slots | None = None,
+        sinks: Collection[str] | None = None,
     ) -> None:
         self._database = database
         self._group_commit = group_commit
@@ -66,6 +69,7 @@ class Health:
         self._deadline_seconds = deadline_seconds
         self._bucket = BucketAvailability(bucket) if bucket else None
         self._slots = slots
+        self._sinks = sinks
         self._probe_key = ""
         self._readiness = Readiness(self._check, {"database": f"no answer for {HANG_SECONDS} s", "schema": "unknown"})
         self._number_readiness = Readiness(self._check_numbers, {"numbers": f"no answer for {HANG_SECONDS} s"})
@@ -163,7 +167,7 @@ class Health:
             paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
-        undelivered += [f"sink {name} is disabled" for name in disabled]
+        undelivered += [f"sink {name} is disabled" for name in disabled if self._sinks is None or name in self._sinks]
         return {
             "events": ", ".join(undelivered) or "ok",
             "clients": counted(clients, "callback was", "callbacks were") + " never accepted" if clients else "ok",

@@ -337,6 +337,17 @@ def test_callbacks_that_a_client_never_accepts_are_shown_and_no_fault(web: Web, 
 
 
 @pytest.mark.databases("sqlite")
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token", "event_sinks": "new=stdout:"}])
+def test_a_disabled_sink_is_a_fault_while_it_is_in_the_setting(web: Web, parts: Parts) -> None:
+    """`receiver check` advises to take one that answered 410 from the setting. Then readyz stayed degraded for ever."""
+    with parts.database.write() as session:
+        for sink in ("new", "removed"):
+            outbox.disable(session, sink, "answered 410")
+    found = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}).json()
+    assert found["checks"]["events"] == "sink new is disabled"
+
+
+@pytest.mark.databases("sqlite")
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
 def test_events_without_a_number_are_open_and_late_ones_are_a_fault(web: Web, parts: Parts) -> None:
     def ready() -> str:
