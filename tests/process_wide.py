@@ -19,6 +19,7 @@ import structlog
 from pydantic_settings.sources import PydanticBaseEnvSettingsSource
 from structlog.dev import ConsoleRenderer, plain_traceback
 
+from storage.thumbnails import decoder
 from tests import store_clients
 from tests.statements import compile_once, describe_server_once, hear_prepared_statements
 
@@ -38,7 +39,7 @@ def process_wide(folder: Path) -> Iterator[None]:
     store_clients.read_once()
     plain_tracebacks()
     heed_sigint()
-    with few_roots(folder), cheap_requests(), no_search_for_no_variables(), idle_at_the_end():
+    with few_roots(folder), cheap_requests(), no_search_for_no_variables(), patient_decoders(), idle_at_the_end():
         yield
 
 
@@ -87,6 +88,14 @@ def no_search_for_no_variables() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PydanticBaseEnvSettingsSource, "__call__", read_if_any)
+        yield
+
+
+@contextmanager
+def patient_decoders() -> Iterator[None]:
+    """Processes that decode thumbnails have a low priority, and a busy machine may leave them nothing for 15 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "DECODE_SECONDS", 120.0)
         yield
 
 

@@ -15,6 +15,7 @@ from tests.receiver.cli.test_plain_faults import serving
 from tests.receiver.workers.test_supervisor import is_alive
 
 EXIT_SECONDS = 40
+START_SECONDS = 120  # three interpreters import everything, one after the other
 
 
 def children(process_id: int) -> list[int]:
@@ -44,7 +45,7 @@ def test_workers_import_no_module_of_the_current_folder(ready: CommandLine) -> N
     log, environment = ready.folder / "log", {**os.environ, **ready.variables, "PYTHONPATH": str(ROOT)}
     with log.open("wb") as err, subprocess.Popen(program, cwd=ready.folder, env=environment, stderr=err) as process:
         try:
-            wait_until(lambda: started(log) == 1 or process.poll() is not None, seconds=EXIT_SECONDS)
+            wait_until(lambda: started(log) == 1 or process.poll() is not None, seconds=START_SECONDS)
         finally:
             process.terminate()
     assert (process.returncode, "another project" in log.read_text()) == (0, False)
