@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from sqlalchemy import event, update
+from sqlalchemy import delete, event, update
 from sqlmodel import Session, col, func, select
 
 from receiver.tasks.operate import Operator
@@ -187,6 +187,16 @@ def test_an_event_that_is_sent_while_prune_runs_leaves_no_dispatch(database: Dat
         for _ in range(2):
             record(session, EventName.TASK_ARCHIVED, None)
     assert sequence_all(database, [ARCHIVED]) == 2
+
+
+def test_a_dispatch_without_its_event_is_pruned(database: Database, operator: Operator) -> None:
+    """As a prune of 0.1.0 left it. A dead one was counted for good."""
+    old(database)
+    dispatch(database, DispatchState.DEAD)
+    with database.write() as session:
+        session.execute(delete(Event))
+    assert operator.prune(RETENTION).counts["dispatches"] == 1
+    assert left(database)["dispatches"] == 0
 
 
 def test_event_numbers_continue_after_prune(database: Database, operator: Operator) -> None:
