@@ -169,6 +169,8 @@ class Reader:
                 row.step = None
                 clear_other_notes(row, is_found=record is not None)
                 row.polls += 1
+                if unknown := _unknown_status(row, record):
+                    row.note = note_after_others(row, unknown)
                 if record is not None:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)
                     store_poll(session, delivery)
@@ -182,6 +184,8 @@ class Reader:
         except LostClaim:
             return
         log.info("task.read", **tasks.named(task), state=row.state, found=record is not None)
+        if record is not None and unknown and unknown not in (task.note or ""):
+            log.warning("callback.status_not_recognized", **tasks.named(task), status=record.report.raw_status)
 
     def _report(self, task: Task, record: Record | None, moment: datetime) -> Report:
         if record is not None and record.report.status in states.TERMINAL:
@@ -284,6 +288,13 @@ class UnmatchedDeliveries:
         assert row.task_id is not None
         task = Task(id=row.task_id, external_task_id=external_task_id, provider=row.provider, adopt=True)
         return maintenance.adopt(session, task, record.report, self._schedule)
+
+
+def _unknown_status(task: Task, record: Record | None) -> str | None:
+    """The note of a task that has not ended, whose status at the provider has no meaning here."""
+    if record is None or record.report.status is not None or task.state in states.TERMINAL:
+        return None
+    return f"the provider answers the {apply_deliveries.UNKNOWN} {record.report.raw_status!r}; the task is read again"
 
 
 def newest_bodies(session: Session, task: Task) -> Sequence[bytes]:

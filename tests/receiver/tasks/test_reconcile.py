@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlmodel import col, update
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
@@ -262,6 +263,27 @@ def test_only_an_answer_ends_a_silent_task(unpaced: Parts, sandbox: Sandbox, fau
     sandbox.set(query_faults=[fault] * 2)
     run(unpaced, "reads")
     assert task_of(unpaced, task.external_task_id).state is state
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_an_unknown_status_in_answers_is_told(unpaced: Parts, sandbox: Sandbox) -> None:
+    """Without callbacks such a task was read for the whole result lifetime, and nothing said why."""
+    sandbox.set(submitted_seconds=600)
+    (task,) = submit(unpaced, 1)
+    made = sandbox.world.tasks[str(task.provider_task_id)]
+    made.status = "expired"  # type: ignore[assignment]
+    with capture_logs() as logs:
+        for _ in range(3):
+            make_due_now(unpaced, Task)
+            run(unpaced, "reads")
+    row = task_of(unpaced, task.external_task_id)
+    assert (row.state, row.step) == (TaskState.SUBMITTED, Step.READ)
+    assert "unknown status 'expired'" in str(row.note)
+    assert [line["status"] for line in logs if line["event"] == "callback.status_not_recognized"] == ["expired"]
+    made.status = "processing"
+    make_due_now(unpaced, Task)
+    run(unpaced, "reads")
+    assert task_of(unpaced, task.external_task_id).note is None
 
 
 @pytest.mark.databases("sqlite")
