@@ -112,7 +112,7 @@ class Needs:
             ("bad", "audit", "archive", found.audit_faults),
         )
         yield from (Need(kind, key, f"/console/{link}", {"n": n}) for kind, key, link, n in counts if n)
-        for name, reason in outbox.disabled(session).items():
+        for name, reason in ((sink, why) for sink, why in outbox.disabled(session).items() if sink in self._of.sinks):
             yield Need("bad", "disabled", "/console/events", {"sink": short(name, 40), "reason": short(reason)})
         for batch_id, name, open_tasks in attention.still_batches(session):
             yield Need("wait", "batch", f"/console/batches/{batch_id}", {"name": short(name, 60), "n": open_tasks})

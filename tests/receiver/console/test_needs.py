@@ -45,7 +45,7 @@ ITEM = re.compile(
 SHOWN = {
     "account": "waits-for-money", "model": "waits-for-money", "workers": "No worker", "deadline": "soon-deleted",
     "failed": "given-up", "again": "tried-again", "overdue": "soon-deleted", "dead": "answered 500",
-    "disabled": "old-sink", "unmatched": "nobody-has-this", "rejected": "JSON", "audit": "vanished-object",
+    "disabled": "client", "unmatched": "nobody-has-this", "rejected": "JSON", "audit": "vanished-object",
     "batch": "slow-batch",
 }  # fmt: skip
 ELSEWHERE = {"store", "slow", "provider", "held", "room", "database"}
@@ -67,7 +67,8 @@ def everything(parts: Parts) -> None:
         new_asset(session, soon, 0)
         new_asset(session, again, 0, error="answered 503", due_at=now + timedelta(hours=1))
         new_asset(session, failed, 0, state=AssetState.FAILED, error="broken", due_at=None)
-        outbox.disable(session, "old-sink", "answered 410")
+        for sink in ("client", "not-in-the-setting"):
+            outbox.disable(session, sink, "answered 410")
         told = session.exec(select(Event)).first()
         assert told is not None
         dead: dict[str, Any] = {"state": DispatchState.DEAD, "error": "answered 500", "created_at": now}
