@@ -44,12 +44,11 @@ class Readiness:
         """A copy of the latest result."""
         is_recent = time.monotonic() < self._ended_at + RECENT_SECONDS
         patience = PATIENCE_SECONDS if is_recent else HANG_SECONDS
-        if self._begin() and self._checking is not None:
-            await asyncio.wait({self._checking}, timeout=patience)
-        elif self._checking is not None and not is_recent:
-            await asyncio.wait({self._checking}, timeout=self._started_at + patience - time.monotonic())
+        has_begun, checking = self._begin(), self._checking  # another one may be under way after the wait
+        if checking is not None and (has_begun or not is_recent):
+            await asyncio.wait({checking}, timeout=self._started_at + patience - time.monotonic())
         has_hung = not is_recent or time.monotonic() >= self._started_at + HANG_SECONDS  # a wait may end a little early
-        is_hanging = self._checking is not None and has_hung
+        is_hanging = checking is not None and not checking.done() and has_hung
         return dict(self._if_hanging if is_hanging or not self._result else self._result)
 
     def latest(self) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import socket
@@ -89,6 +90,20 @@ def test_caller_that_asks_seldom_gets_no_result_of_then(
         session.execute(text("DELETE FROM worker"))
         assert ready_status(web) == 503
     wait_until(lambda: ready_status(web) == 200)
+
+
+def test_check_that_begins_as_a_slow_one_ends_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "FRESH_SECONDS", 0.0)
+
+    async def ask() -> list[dict[str, str]]:
+        asked = readiness.Readiness(lambda: time.sleep(0.2) or {"database": "ok"}, {"database": "hangs"})
+        waiting = asyncio.create_task(asked.checks())
+        await asyncio.sleep(0)
+        while asked._checking is not None:
+            await asyncio.sleep(0)
+        return [asked.latest(), await waiting]
+
+    assert asyncio.run(ask()) == [{"database": "ok"}] * 2
 
 
 @pytest.fixture
