@@ -162,6 +162,10 @@ class Provider(Protocol):
         """The name in the callback path and in `task.provider`."""
 
     @property
+    def clock_ahead_seconds(self) -> float | None:
+        """This host's clock minus the provider's, as of its last answer that names its time; None before."""
+
+    @property
     def result_hosts(self) -> tuple[str, ...]:
         """Hosts from which this provider serves results, each with all hosts below it."""
 

@@ -58,7 +58,7 @@ log = structlog.get_logger()
 NOT_FOUND_AGAIN_SECONDS = 10
 # Misses that a process remembers. One that it forgets is timed by the database's clock alone.
 MAX_MISSES = 1_000
-# The largest difference between our clock and the provider's when we decide whose task an existing one is.
+# What the provider's clock and its `Date` may differ by when we decide whose task an existing one is.
 CLOCK_TOLERANCE = timedelta(seconds=60)
 # After an unclear answer the read waits this long, so that the provider has the task.
 LOOK_UP_SECONDS = 1
@@ -292,7 +292,9 @@ class CreateStep:
             else:
                 self._unanswered(task, error)
             return
-        if record is not None and (task.adopt or _is_ours(task, record.report, already, self._database.now())):
+        now = self._database.now()
+        ahead = max(now.timestamp() - time.time() + (self._provider.clock_ahead_seconds or 0), 0)
+        if record is not None and (task.adopt or _is_ours(task, record.report, already, now, timedelta(seconds=ahead))):
             self._settle(task, record.report)
         elif self._was_called_back(task):
             self._accept_unfound(task)
@@ -425,14 +427,15 @@ def _is_called_back(session: Session, task: Task) -> bool:
     return bool(execute(session, _CALLED_BACK, {"wanted": task.id}).rows)
 
 
-def _is_ours(task: Task, report: Report, already: AlreadyExists | None, now: datetime) -> bool:
+def _is_ours(task: Task, report: Report, already: AlreadyExists | None, now: datetime, clock_ahead: timedelta) -> bool:
     """Whether the task read back was made by our request, and not earlier by someone else.
 
+    `clock_ahead`: by how much the database's clock is ahead of the provider's.
     A gateway may omit its time, and a row of the future was made before the clock was set back. The task is then ours
     only if our own request was unclear.
     """
     if is_namesake(report, task.external_task_id):
         return False
     made_at = report.created_at
-    is_younger = made_at is not None and made_at >= task.created_at - CLOCK_TOLERANCE
+    is_younger = made_at is not None and made_at + clock_ahead >= task.created_at - CLOCK_TOLERANCE
     return is_younger or (already is None and (made_at is None or task.created_at > now))

@@ -114,7 +114,7 @@ class Kling:
         self._now = now
         self._circuit = circuit or Circuit()
         self._proxy = proxy
-        # The host's clock minus the Date of the last answer, for `receiver check`; None before the first.
+        # The host's clock minus the Date of the last answer; None before the first.
         self.clock_ahead_seconds: float | None = None
         self.begin_in_child()
         forks.renew_in_children(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import threading
+import time
 import uuid
 from contextlib import closing
 from datetime import timedelta
@@ -512,6 +513,19 @@ def test_an_unclear_create_from_a_clock_that_was_ahead_is_ours(parts: Parts, san
     submit_request(parts)
     found = go_on(parts, created_at=parts.database.now() + timedelta(hours=1))
     assert (found.state, len(creates(sandbox))) == (TaskState.SUBMITTED, 1)
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_an_unclear_create_of_a_host_whose_clock_is_ahead_is_ours(parts: Parts, sandbox: Sandbox) -> None:
+    """The provider's times seemed older than the row, and the task failed here while it was paid for there."""
+    skewed = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, now=lambda: time.time() + 300)
+    parts.__dict__["kling"] = skewed
+    sandbox.set(create_faults=["5000:created"])
+    submit_request(parts)
+    for made in sandbox.world.tasks.values():
+        made.created_ms -= 300_000
+    found = go_on(parts)
+    assert (found.state, found.error, len(creates(sandbox))) == (TaskState.SUBMITTED, None, 1)
 
 
 @ONE_DATABASE
