@@ -236,16 +236,18 @@ def end_disabled(database: Database) -> int:
         waiting = disabled(session)
     count = 0
     for sink, reason in waiting.items():
-        ended = BATCH
-        while ended == BATCH:
-            some = select(Dispatch.id).where(IS_OPEN, _is_for(sink)).limit(BATCH)  # claimed ones too
-            values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.NOT_DUE}
-            given_up = update(Dispatch).where(col(Dispatch.id).in_(some))
-            given_up = given_up.values(**values, error=reason[:MAX_ERROR_CHARS])
+        values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.NOT_DUE}
+        given_up = update(Dispatch).where(IS_OPEN).values(**values, error=reason[:MAX_ERROR_CHARS])
+        while True:
+            # It reads the open ones of all sinks: 0.8 s of 300,000 of a sink that is down, in which others may write.
+            with database.read() as session:
+                some = session.exec(select(Dispatch.id).where(IS_OPEN, _is_for(sink)).limit(BATCH)).all()
+            if not some:  # claimed ones count too
+                break
             with database.write() as session:  # the row is locked: it may have been enabled meanwhile
-                is_disabled = session.execute(_DISABLED.where(_SINKS.name == sink).with_for_update()).first()
-                ended = run(session, given_up).rowcount if is_disabled else 0
-            count += ended
+                if not session.execute(_DISABLED.where(_SINKS.name == sink).with_for_update()).first():
+                    break
+                count += run(session, given_up.where(col(Dispatch.id).in_(some))).rowcount
     return count
 
 

@@ -333,6 +333,14 @@ def test_sink_that_is_enabled_before_all_its_events_are_given_up_gets_the_others
     assert names_of(database, claim(database)) == ["task.processing"]
 
 
+def test_a_disabled_sink_without_open_events_takes_no_turn_of_writers(database: Database) -> None:
+    """Each worker looks once in a while, and on SQLite the look takes long where another sink is far behind."""
+    with database.write() as session:
+        outbox.disable(session, "hook", "gone")
+    with ThreadPoolExecutor(1) as threads, database.write():
+        assert threads.submit(outbox.end_disabled, database).result(5) == 0
+
+
 def test_events_of_a_sink_that_is_enabled_meanwhile_are_not_given_up(database: Database) -> None:
     disabled_with_events(database)
     with ThreadPoolExecutor(1) as pool:
