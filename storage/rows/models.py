@@ -114,6 +114,7 @@ class Task(TaskColumns, table=True):
         Index("task_manifest_key", "manifest_key"),
         Index("task_batch", "batch_id"),
         partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
+        partial_index("task_of_client", "client IS NOT NULL", "client", "created_at", "id"),
         partial_index("task_parked", PARKED, "created_at", "id"),
         partial_index("task_failed", "state = 'failed'", "created_at", "id"),
         partial_index("task_incomplete", "archive = 'incomplete'", "created_at", "id"),

@@ -13,6 +13,7 @@ from storage.database.sessions import Database
 from storage.filters import DeliveryFilter, TaskFilter
 from storage.operations import lists, outbox
 from storage.operations.lists import newest_deliveries, newest_tasks
+from storage.rows import tasks
 from tests.plans import plans
 
 
@@ -33,6 +34,11 @@ def database_kind() -> str:
 def test_tasks_are_found_by_the_index_of_their_creation(database: Database, wanted: TaskFilter, index: str) -> None:
     found = plans(database, lambda session: newest_tasks(session, wanted, "2026-01-01T00:00:00~" + "0" * 32))
     assert f"SEARCH task USING INDEX {index}" in found and "SCAN task\n" not in found
+
+
+def test_tasks_of_a_client_are_found_among_those_of_others(database: Database) -> None:
+    found = plans(database, lambda session: tasks.newest(session, 500, skip=500, of_client="a fingerprint"))
+    assert "SEARCH task USING COVERING INDEX task_of_client (client=?)" in found and "SCAN task\n" not in f"{found}\n"
 
 
 @pytest.mark.parametrize(
