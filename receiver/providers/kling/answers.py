@@ -68,6 +68,8 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     throttled = _throttled(status, code, answer.message, creating=creating)
     if throttled is not None:
         return throttled(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
+    if 300 <= status < 400:
+        return NotKling(f"HTTP {status}, a redirect: RECEIVER_KLING_BASE_URL must be the address that it leads to")
     if answer.document is None and status != 413:
         return NotKling(f"the answer is not JSON (HTTP {status})", after=answer.after)
     if 5_000 <= code < 6_000:
