@@ -62,7 +62,7 @@ class Supervisor:
     """Keeps `count` forked worker processes alive. A dead one is started again with backoff."""
 
     def __init__(self, count: int, *, grace_seconds: float) -> None:
-        self._children = [_Child(number) for number in range(count)]
+        self._children = [_Child(number, delay=RESTART_FIRST_SECONDS) for number in range(count)]
         self._grace_seconds = grace_seconds
         self._is_ending = False
         self._alive, self._held_open = os.pipe()  # workers read its end when this process has ended
