@@ -389,9 +389,10 @@ def test_room_is_made_by_commits(database: Database, running: InLoop) -> None:
 
 
 def put_until_full(running: InLoop, first: int = 0) -> list[Future[Intake]]:
+    """At most twice as many as may wait: a queue that is never full fails a test and does not hold it up for ever."""
     put: list[Future[Intake]] = []
     with suppress(QueueFull):
-        while True:
+        while len(put) < 2 * group_commit.MAX_WAITING:
             put.append(running.put(body(first + len(put))))
     return put
 
