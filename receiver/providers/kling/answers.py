@@ -1,7 +1,7 @@
 """What an answer of Kling's HTTP API means. `code` in its JSON decides, not the HTTP status.
 
-An answer that is not Kling's says nothing about the request, unless it is a gateway's 400 or 422 with a message. After
-such an answer a create is looked up by its external id before it is sent again.
+An answer that is not Kling's says nothing about the request: a create is then looked up by its external id before it is
+sent again. A gateway's 400 or 422 with a message refuses the create.
 """
 
 from __future__ import annotations
