@@ -78,7 +78,7 @@ def is_alive(process_id: int) -> bool:
     """Whether a worker lives. If its supervisor was killed it may stay a zombie."""
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends between open and read
         return False
 
 
