@@ -66,6 +66,8 @@ class Step(StrEnum):
 PARKED = "due_at IS NULL AND queued_at IS NULL AND (step IS NOT NULL OR state NOT IN ('failed', 'succeeded'))"
 # Of a delivery that matches no task and waits for a person: nobody has dismissed it (`task_conditions.DISMISSED`).
 UNMATCHED = "state = 'unmatched' AND coalesce(substr(reason, 1, 11), '') <> 'dismissed: '"
+# Of a file that was given up and waits for a person, likewise.
+GIVEN_UP = "state = 'failed' AND coalesce(substr(error, 1, 11), '') <> 'dismissed: '"
 # The events of every task that ends well. The condition of an index, which SQLite requires word for word in a query.
 FREQUENT_EVENTS = (
     "task.created", "task.submitted", "task.processing", "task.succeeded", "task.archived", "asset.archived",

@@ -41,7 +41,8 @@ WITH_FILES = 1_000
 # States of a delivery whose report was not applied.
 REFUSED = (CallbackState.REJECTED, CallbackState.UNREADABLE)
 
-# Files that were given up and not dismissed, of which a person has to decide. The literal is that of their index.
+# Files that were given up and not dismissed, of which a person has to decide. SQLite needs the exact words of the index
+# `asset_given_up`.
 GIVEN_UP: Any = (col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")) & not_dismissed(Asset.error)
 
 

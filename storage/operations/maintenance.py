@@ -21,6 +21,7 @@ from storage.accounts import pauses
 from storage.accounts.accepted_creates import ENDED_WITHOUT_ANSWER, may_prove_accepted, was_accepted
 from storage.database import walk
 from storage.database.sessions import Database, run
+from storage.operations import lists
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import compare_again
 from storage.rows.events import EventName, record
@@ -141,14 +142,13 @@ def failed_files(
     `since`: only of tasks created then or later. `error`: only where the error contains this text, ignoring case.
     """
     order = (col(Asset.created_at), col(Asset.id))
-    wanted = [not_dismissed(Asset.error), col(Task.deleted_at).is_(None), *_failed_since(since)]
+    wanted = [col(Task.deleted_at).is_(None), *_failed_since(since), *_saying(Asset.error, error)]
     chosen = select(Asset.task_id, Asset.id).join(Task, col(Task.id) == col(Asset.task_id)).order_by(*order)
-    chosen = chosen.where(*wanted, *_saying(Asset.error, error))
-    given_up = col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")
-    with database.read() as session:
-        found = list(session.exec(chosen.where(col(Asset.unusable_since).is_not(None))))  # few rows
+    chosen = chosen.where(*wanted)
+    with database.read() as session:  # few rows
+        found = list(session.exec(chosen.where(col(Asset.unusable_since).is_not(None), not_dismissed(Asset.error))))
     made = [] if since is None else [col(Asset.created_at) >= since]  # after its task
-    for part, _ in walk.parts(database, order, PART, given_up, *made):
+    for part, _ in walk.parts(database, order, PART, lists.GIVEN_UP, *made):
         if len(found) >= limit:
             break
         with database.read() as session:

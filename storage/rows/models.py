@@ -25,6 +25,7 @@ from storage.rows.columns import (
     time_column,
 )
 from storage.states import (
+    GIVEN_UP,
     PARKED,
     RARE_EVENT,
     UNMATCHED,
@@ -182,7 +183,7 @@ class Asset(Claimable, table=True):
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
         *due_indexes("asset", expires=True),
-        partial_index("asset_failed", "state = 'failed'", "created_at"),
+        partial_index("asset_given_up", GIVEN_UP, "created_at"),
         partial_index("asset_unusable", "unusable_since IS NOT NULL", "task_id"),
         Index("asset_key", "key"),
         UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import and_, func, select, text
+from sqlalchemy import and_, func, literal_column, select, text
 from sqlmodel import col
 
 from storage import states
@@ -35,5 +35,6 @@ def is_dismissed(task: TaskColumns) -> bool:
 
 
 def not_dismissed(column: Any) -> Any:
-    """The condition that a task's note, or a file's error, was not written by `receiver dismiss`."""
-    return func.coalesce(column, "").not_like(f"{DISMISSED}%")
+    """The condition that `receiver dismiss` did not write a note or a file's error, as partial indexes say it."""
+    beginning = func.substr(column, literal_column("1"), literal_column(f"{len(DISMISSED)}"))
+    return func.coalesce(beginning, literal_column("''")) != literal_column(f"'{DISMISSED}'")
