@@ -98,7 +98,8 @@ def submit(
         fields = {**_from_file(request), **given}
         with opened(allow_http, migrate=True, store=store, asks_provider=True, pays=True) as parts:
             if external_task_id is None:
-                external_task_id = fields.get("external_task_id") or str(uuid.uuid4())
+                named = fields.get("external_task_id")
+                external_task_id = str(uuid.uuid4()) if named in (None, "") else named
             with _named(external_task_id, DatabaseUnavailable):
                 task = _submit(parts, fields, external_task_id, adopt)
             with _named(external_task_id):

@@ -168,8 +168,9 @@ def test_submit_with_an_id_that_a_script_left_empty_sends_nothing(ready: Command
     assert not sandbox.ledger().tasks
 
 
-def test_an_id_that_is_a_number_is_one_line(ready: CommandLine, sandbox: Sandbox) -> None:
-    asked = '{"model_name": "kling-image-o1", "prompt": "a boat", "external_task_id": 42}'
+@pytest.mark.parametrize("number", [42, 0])
+def test_an_id_that_is_a_number_is_one_line(ready: CommandLine, sandbox: Sandbox, number: int) -> None:
+    asked = f'{{"model_name": "kling-image-o1", "prompt": "a boat", "external_task_id": {number}}}'
     done = ready("submit", "--request", "-", given=asked)
     assert (done.code, done.err.splitlines()[-1:]) == (1, ["external_task_id: must be text"])
     assert not sandbox.ledger().tasks
