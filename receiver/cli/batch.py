@@ -275,11 +275,11 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
 
     of = _batches(parts)
     counts = of.counts(name)
-    if counts.over < counts.total and not show.await_worker(parts):
-        say(f"{name}: {batch_view.words(counts)}")
-        say(show.no_worker(parts, ", so nothing is sent"), err=True)
-        raise typer.Exit(1)
     try:
+        if counts.over < counts.total and not show.await_worker(parts):
+            say(f"{name}: {batch_view.words(counts)}")
+            say(show.no_worker(parts, ", so nothing is sent"), err=True)
+            raise typer.Exit(1)
         counts = batch_view.watch(
             lambda: of.counts(name),
             lambda: heartbeats.count_alive(parts.database),

@@ -357,15 +357,29 @@ def test_a_request_from_standard_input_may_have_a_byte_order_mark(ready: Command
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path, number: signal.Signals) -> None:
-    err, words = tmp_path / "err", (*ASK, "--external-task-id", "a b", "--wait")
-    process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
+    said = ended_while_waiting(ready, tmp_path, number, *ASK, "--external-task-id", "a b")
+    assert said.endswith("stopped waiting; the workers go on; `receiver status 'a b'` shows the task\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_waiting_names_the_batch(ready: CommandLine, tmp_path: Path, number: signal.Signals) -> None:
+    """Its lines are inserted, and a worker that starts later sends them."""
+    lines = tmp_path / "night.jsonl"
+    lines.write_text('{"model_name": "kling-image-o1", "prompt": "a boat"}\n')
+    said = ended_while_waiting(ready, tmp_path, number, "submit", "--batch", str(lines))
+    assert "stopped watching; the workers go on; `receiver batch status --wait night`" in said
+
+
+def ended_while_waiting(ready: CommandLine, folder: Path, number: signal.Signals, *words: str) -> str:
+    err = folder / "err"
+    process = Forked((*words, "--wait"), {**os.environ, **ready.variables}, ready.folder, out=folder / "out", err=err)
     try:
         wait_until(lambda: err.exists() and "waiting 30 s" in err.read_text(), seconds=25)
         process.send_signal(number)
         assert process.wait(20) == 1
     finally:
         process.kill()
-    assert err.read_text().endswith("stopped waiting; the workers go on; `receiver status 'a b'` shows the task\n")
+    return err.read_text()
 
 
 def test_submit_that_is_killed_while_waiting_has_printed_the_id(ready: CommandLine, tmp_path: Path) -> None:
