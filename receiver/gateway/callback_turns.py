@@ -92,9 +92,12 @@ class CallbackTurns:
                 line.end(self._now(), seconds)
 
     def put_off_longest(self, client: str) -> float:
-        """Seconds until a callback of this client, to a host that is down, is to be tried again."""
+        """Seconds until a callback of this client, to a host that is down, is to be tried again.
+
+        Those to its slow hosts do not wait behind it.
+        """
         with self._lock:
-            return self._line("client", client).put_off_longest(self._now())
+            return self._line("down", client).put_off_longest(self._now())
 
     def _line(self, kind: str, name: str) -> _Line:
         while (kind, name) not in self._lines and len(self._lines) >= MAX_LINES:
