@@ -240,7 +240,7 @@ def _checked_host(scheme: str, sent: str, policy: AddressPolicy) -> tuple[str, i
     """Host, port and authority, of the authority `sent` in a URL. Raises `FetchRefused`."""
     host, port = _host_and_port(scheme, sent)
     if policy.sinks and _one_spelling(host) in policy.sinks:
-        raise FetchRefused(f"{host} receives events, not files")
+        raise FetchRefused(f"{host} receives events, so no client is called back there: name another host")
     if (host, port) not in policy.private_hosts:
         _refuse_unlisted(scheme, host, port, policy)
     address = _literal(host)

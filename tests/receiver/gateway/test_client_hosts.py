@@ -37,9 +37,9 @@ def test_a_host_of_events_is_refused_on_every_port_and_in_every_spelling(sink: s
         private_event_hosts="127.0.0.1:9,10.0.0.5:9,hooks.example.com:8443",
         private_callback_hosts=",".join(f"{host}:10" for host in [*listed, "queue.internal"]),
     )
-    with pytest.raises(FetchRefused, match="receives events"):
+    with pytest.raises(FetchRefused, match="receives events, so no client is called back there"):
         check_url(callback, settings.callback_policy)
-    with pytest.raises(FetchRefused, match="receives events"):
+    with pytest.raises(FetchRefused, match="receives events, so no client is called back there"):
         Poster(settings.callback_policy, connections=1).post(callback, b"", {})
 
 
