@@ -169,13 +169,13 @@ class Reader:
                 row.step = None
                 clear_other_notes(row, is_found=record is not None)
                 row.polls += 1
-                if unknown := _unknown_status(row, record):
-                    row.note = note_after_others(row, unknown)
                 if record is not None:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)
                     store_poll(session, delivery)
                 report = self._report(row, record, moment)
                 reports.apply(session, row, report, self._schedule, now=moment, pushed=False)
+                if unknown := _unknown_status(row, record):
+                    row.note = note_after_others(row, unknown)
                 if record is not None and self._is_failed_too_early(row, record, moment):
                     row.step = Step.READ
                     claims.make_due(row, self._schedule.poll_delay(row.polls))

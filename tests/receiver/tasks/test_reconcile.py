@@ -286,6 +286,19 @@ def test_an_unknown_status_in_answers_is_told(unpaced: Parts, sandbox: Sandbox) 
     assert task_of(unpaced, task.external_task_id).note is None
 
 
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_task_that_failed_as_silent_is_not_said_to_be_read_again(unpaced: Parts, sandbox: Sandbox) -> None:
+    """Its last answer had an unknown status, and the note that told of it stayed."""
+    sandbox.set(submitted_seconds=600)
+    (task,) = submit(unpaced, 1)
+    sandbox.world.tasks[str(task.provider_task_id)].status = "expired"  # type: ignore[assignment]
+    with unpaced.database.write() as session:
+        session.execute(update(Task).values(submitted_at=LONG_AGO))
+    run(unpaced, "reads")
+    row = task_of(unpaced, task.external_task_id)
+    assert (row.state, row.error, row.note, row.due_at) == (TaskState.FAILED, NEVER_REPORTED, None, None)
+
+
 @pytest.mark.databases("sqlite")
 def test_urls_that_died_before_the_worker_came_are_refreshed(unpaced: Parts, sandbox: Sandbox) -> None:
     """Tested with links that are dead on arrival, and with links that expired in our queue."""
