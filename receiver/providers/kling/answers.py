@@ -20,6 +20,12 @@ THROTTLED_CODES = frozenset({1302, FULL_CODE})
 # KLING §6: wrong key, no balance, address not allowed. None of these concerns the request.
 ACCOUNT_CODES = frozenset({1000, 1001, 1002, 1003, 1004, 1100, 1101, 1102, 1304})
 MODEL_CODE = 1103
+# KLING §6: the HTTP status of refusals. Others count as 400.
+STATUS_OF_CODE = {
+    **dict.fromkeys(range(1_000, 1_005), 401),
+    **dict.fromkeys((1100, 1101, 1102, 1302, FULL_CODE, 1304), 429),
+    MODEL_CODE: 403,
+}
 # A gateway's answers to a call it does not have. Kling's own answer for an unknown task is 400/1201.
 NO_ROUTE = frozenset({404, 405, 501})
 # The timeouts of proxies, which may have passed the request on. Many repeat the HTTP status as their `code`.
@@ -59,10 +65,8 @@ class Answer:
 
 def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     """The error that an answer reports; None if it may contain the requested data."""
-    status, code, words = answer.http_status, answer.code or 0, answer.words
+    status, code, words = _status_meant(answer), answer.code or 0, answer.words
     refuses = 1_000 <= code < 2_000
-    if 200 <= status < 300 and 400 <= code < 600 and find_record(answer.document) is None:
-        status = code  # some gateways answer everything 200
     if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
         return NoSuchCall(words, code=answer.code, http_status=status)
     throttled = _throttled(status, code, answer.message, creating=creating)
@@ -81,8 +85,18 @@ def refusal(answer: Answer, *, creating: bool) -> Exception | None:
     unknown_task = not creating and 400 <= status < 500 and NOT_FOUND.search(answer.message)
     is_refused = creating and status in REFUSED and answer.message
     if refuses or unknown_task or is_refused or (code and 400 <= status < 500) or status in (403, 413):
-        return _definite(answer, creating=creating)
+        return _definite(answer, status, creating=creating)
     return NotKling(words, after=answer.after)
+
+
+def _status_meant(answer: Answer) -> int:
+    """The HTTP status of an answer, or the one that its code means where a gateway answers everything 200."""
+    status, code = answer.http_status, answer.code or 0
+    if not 200 <= status < 300:
+        return status
+    if 1_000 <= code < 2_000:
+        return STATUS_OF_CODE.get(code, 400)
+    return code if 400 <= code < 600 and find_record(answer.document) is None else status
 
 
 def _throttled(status: int, code: int, message: str, *, creating: bool) -> type[ProviderThrottled] | None:
@@ -98,13 +112,13 @@ def _throttled(status: int, code: int, message: str, *, creating: bool) -> type[
     return ProviderThrottled if code in THROTTLED_CODES or (status == 429 and not refuses) else None
 
 
-def _definite(answer: Answer, *, creating: bool) -> ProviderRejected:
+def _definite(answer: Answer, status: int, *, creating: bool) -> ProviderRejected:
     kind = ProviderRejected
     if creating and EXISTS.search(answer.message):
         kind = AlreadyExists
     elif not creating and NOT_FOUND.search(answer.message):
         kind = NotFound
-    return kind(answer.words, code=answer.code, http_status=answer.http_status, said=answer.message)
+    return kind(answer.words, code=answer.code, http_status=status, said=answer.message)
 
 
 def message_in(document: Mapping[str, Any]) -> str:

@@ -29,9 +29,11 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook
 
+from receiver.gateway.answers import passed_on
 from receiver.providers.base import AlreadyExists, BadSignature, RequestFacts, Unavailable
 from receiver.providers.kling.client import MAX_ANSWER_BYTES, Kling, encode_in_pieces
 from receiver.providers.webhook_signature import verify_standard_webhook
+from receiver.sandbox.answers import ERRORS
 from storage.errors import AccountRefused, ModelRefused, ProviderRejected, ProviderThrottled, ReportUnreadable
 from storage.states import MAX_INDEX, Output, Report, TaskState
 from tests.harness import PAYLOADS
@@ -210,7 +212,7 @@ def test_a_final_refusal_is_recognized_by_its_code(server: Scripted, kling: Klin
     server.answer({"code": code, "message": "no"}, status)
     with pytest.raises(ProviderRejected) as caught:
         create(kling)
-    assert (caught.value.code, caught.value.http_status) == (code, status)
+    assert (caught.value.code, caught.value.http_status) == (code, 400 if status == 200 else status)
     assert not isinstance(caught.value, AlreadyExists)
 
 
@@ -222,7 +224,8 @@ def test_a_refusal_of_the_account_is_recognized_by_its_code(
     server.answer({"code": code, "message": "no"}, status)
     with pytest.raises(AccountRefused) as caught:
         create(kling)
-    assert (caught.value.code, caught.value.http_status, caught.value.said) == (code, status, "no")
+    expected = ERRORS[code][0] if status == 200 else status
+    assert (caught.value.code, caught.value.http_status, caught.value.said) == (code, expected, "no")
     assert isinstance(caught.value, ModelRefused) == (code == 1103)
 
 
@@ -331,7 +334,22 @@ def test_a_gateways_own_refusal_of_a_request_is_definite(
     server.answer(body, status)
     with pytest.raises(ProviderRejected, match="risk control") as caught:
         create(kling)
-    assert caught.value.http_status == status
+    assert caught.value.http_status == (status if status != 200 else body["code"])
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(402, 402), (429, 429), (422, 422), (1002, 401), (1102, 429), (1103, 403), (1303, 429), (1301, 400)],
+)
+def test_a_refusal_under_200_is_passed_on_with_the_status_of_its_code(
+    server: Scripted, kling: Kling, code: int, status: int
+) -> None:
+    """A client of the gateway got it with status 200, and a pause for a wrong key was not taken for one."""
+    server.answer({"code": code, "message": "no"})
+    with pytest.raises((ProviderRejected, ProviderThrottled)) as caught:
+        create(kling)
+    refused = passed_on(caught.value)
+    assert (refused.http_status, refused.code) == (status, code)
 
 
 def test_a_used_external_id_is_recognized_in_a_gateways_words(server: Scripted, kling: Kling) -> None:
