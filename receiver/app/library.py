@@ -253,10 +253,12 @@ class AsyncReceiver:
 
     async def wait(self, external_task_id: str, *, timeout_seconds: float) -> Result:
         """See `Receiver.wait`. Holds no thread while it waits."""
+        result = await self.status(external_task_id)  # with a timeout of 0, too
         try:
             async with asyncio.timeout(timeout_seconds):
-                while not (result := await self.status(external_task_id)).is_over:
+                while not result.is_over:
                     await asyncio.sleep(POLL_INTERVAL_SECONDS)
+                    result = await self.status(external_task_id)
         except TimeoutError:
             raise TimeoutError(
                 f"{external_task_id}: not over after {timeout_seconds:g} s; the task continues"

@@ -200,6 +200,7 @@ def test_async_receiver_archives_like_the_synchronous_one() -> None:
             several = AsyncReceiver(receiver)
             tasks = await asyncio.gather(*(several.submit(REQUEST, external_task_id=f"a-{n}") for n in range(3)))
             results = await asyncio.gather(*(several.wait(t.external_task_id, timeout_seconds=30) for t in tasks))
+            assert results[0] == await several.wait("a-0", timeout_seconds=0)
             names = []
             async for fact in several.events(names={"task.archived"}, follow=True):
                 names.append(fact.external_task_id or "")
