@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import delete, event, update
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, func, select
 
 from receiver.tasks.operate import Operator
@@ -197,6 +198,20 @@ def test_a_dispatch_without_its_event_is_pruned(database: Database, operator: Op
         session.execute(delete(Event))
     assert operator.prune(RETENTION).counts["dispatches"] == 1
     assert left(database)["dispatches"] == 0
+
+
+def test_a_dispatch_of_an_earlier_event_with_the_id_of_a_new_one_is_pruned(
+    database: Database, operator: Operator
+) -> None:
+    """SQLite uses the ids of removed rows again. The new event kept itself and all later ones without numbers."""
+    old(database)
+    dispatch(database, DispatchState.DEAD)
+    with database.write() as session:
+        session.execute(update(Event).values(seq=None))
+    with pytest.raises(IntegrityError):
+        sequence_all(database, [ARCHIVED])
+    assert operator.prune(RETENTION).counts["dispatches"] == 1
+    assert sequence_all(database, [ARCHIVED]) == 2
 
 
 def test_event_numbers_continue_after_prune(database: Database, operator: Operator) -> None:
