@@ -33,7 +33,8 @@ TIMED_OUT = frozenset({408, 499})
 # Refusals of a create by a gateway that has words of its own in place of Kling's codes. A 404 may be a wrong base URL.
 REFUSED = frozenset({400, 422})
 # Where a gateway's own balance is empty, it answers 402, or 403 with `quota_not_enough` or `insufficient_user_quota`.
-NO_BALANCE = re.compile(r"quota|balance|\bcredits?\b|余额|额度|欠费", re.IGNORECASE)
+# A refusal of a picture may name a credit card or a white balance.
+NO_BALANCE = re.compile(r"quota|(?<!white )balance|\bcredits?\b(?! ?card)|余额|额度|欠费", re.IGNORECASE)
 # 1201 is also the code of any invalid parameter. Only the message distinguishes them.
 EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
 NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)

@@ -307,6 +307,14 @@ def test_an_empty_balance_at_a_gateway_is_a_refusal_of_the_account(
     assert (caught.value.http_status, caught.value.said) == (status, said)
 
 
+@pytest.mark.parametrize("words", ["risk control: a credit card", "blocked: Credit Cards", "blocked: white balance"])
+def test_a_refused_picture_of_a_credit_card_pauses_no_account(server: Scripted, kling: Kling, words: str) -> None:
+    """Its words were taken for those of an empty balance, and all other creates waited."""
+    server.answer({"error": {"message": words}}, 403)
+    with pytest.raises(ProviderRejected, match=words):
+        create(kling)
+
+
 @pytest.mark.parametrize("detail", ["too long", [{"loc": ["body", "prompt"], "msg": "too long"}]])
 def test_a_gateways_words_are_shown_in_whatever_field_they_are(server: Scripted, kling: Kling, detail: Any) -> None:
     server.answer({"detail": detail}, 403)
