@@ -270,8 +270,15 @@ def _pauses(parts: Parts) -> Iterator[Result]:
     with parts.database.read() as session:
         found = pauses.every(session)
     for each in found:
-        advice = PROVIDER_ADVICE.get(each.code or 0, SET_KEY)
+        advice = _advice(each.code, each.http_status)
         yield Result("account", Status.FAULT, pauses.line(each), f"{advice}; waiting tasks continue by themselves")
+
+
+def _advice(code: int | None, refuses_account_by: int | None) -> str:
+    """What to do about a refusal. `refuses_account_by`: the HTTP status by which a gateway refused the account in its
+    own words. A 402 or 403 is of an empty balance then.
+    """
+    return PROVIDER_ADVICE.get(code or 0, SETTLE if refuses_account_by in (402, 403) else SET_KEY)
 
 
 def provider(parts: Parts) -> Iterator[Result]:
@@ -327,7 +334,7 @@ def _call_without_cost(provider: Provider) -> None:
 
 
 def _refused(host: str, error: ProviderRejected | AccountRefused, skew_seconds: float | None) -> Result:
-    advice = PROVIDER_ADVICE.get(error.code or 0, SET_KEY)
+    advice = _advice(error.code, error.http_status if isinstance(error, AccountRefused) else None)
     if isinstance(error, ProviderRejected) and error.code is None and error.http_status == HTTPStatus.NOT_FOUND:
         advice = "check RECEIVER_KLING_BASE_URL and its path: Kling's API is not there"
     return Result("provider", refused(error.code, skew_seconds), f"{host} refuses us ({error})", advice)

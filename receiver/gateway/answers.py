@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from storage.errors import ProviderRejected, ProviderThrottled
+from storage.errors import AccountRefused, ProviderRejected, ProviderThrottled
 from storage.rows.events import EventName
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
@@ -289,6 +289,8 @@ def passed_on(refusal: ProviderRejected | ProviderThrottled) -> Refused:
     status, code = refusal.http_status, refusal.code
     if status is None:  # Not the provider's answer: we have no credentials for it.
         return Refused(401, 1000, str(refusal))
-    usual = 1302 if status == 429 else USUAL_CODES.get(status, 1201)
+    # A 403 that refuses the account is of an empty balance, like a 402.
+    is_balance = status == 403 and isinstance(refusal, AccountRefused)
+    usual = 1302 if status == 429 else USUAL_CODES.get(402 if is_balance else status, 1201)
     after = math.ceil(refusal.after) if isinstance(refusal, ProviderThrottled) and refusal.after else None
     return Refused(status, code or usual, refusal.said or str(refusal), after=after, by_provider=True)

@@ -18,12 +18,13 @@ from receiver.app.wiring import Parts
 from receiver.batch.batch import Batches
 from receiver.batch.batch_file import Line
 from receiver.cli import show
+from receiver.gateway.answers import passed_on
 from receiver.sandbox import Sandbox
 from receiver.tasks.operate import Operator
 from storage.accounts import pauses, slots
 from storage.accounts.batches import Counts
 from storage.database.clock import db_now
-from storage.errors import NoSlots
+from storage.errors import AccountRefused, NoSlots
 from storage.rows.models import AccountPause, Event, Task
 from storage.states import Step, TaskState
 from tests.bench.claims import LATER, fill
@@ -210,6 +211,23 @@ def test_a_paused_account_is_shown_with_the_providers_message(
     assert words in show.pausing(parts, task_of(parts, ID))[0]
     assert words in Operator(parts.database, parts.providers, parts.schedule).retry(ID).left[ID]
     assert any(words in result.line for result in checks.database(parts))
+
+
+@pytest.mark.databases("sqlite")
+@pytest.mark.parametrize(
+    ("code", "status", "advice"),
+    [(None, 401, checks.SET_KEY), (1102, 429, checks.SETTLE), (402, 402, checks.SETTLE), (None, 403, checks.SETTLE)],
+)
+def test_check_does_not_blame_the_key_for_an_empty_balance(
+    parts: Parts, code: int | None, status: int, advice: str
+) -> None:
+    """A gateway's own 402, or its 403 with `quota_not_enough`, had the advice to set the API key."""
+    refusal = AccountRefused("refused", code=code, http_status=status, said="user quota is not enough")
+    with parts.database.write() as session:
+        pauses.pause(session, "kling", None, refusal)
+    [found] = [each for each in checks.database(parts) if each.name == "account"]
+    assert found.advice == f"{advice}; waiting tasks continue by themselves"
+    assert passed_on(refusal).code == (1002 if status == 401 else code or 1102)
 
 
 def batch_of(parts: Parts, count: int) -> Batches:
