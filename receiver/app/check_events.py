@@ -35,6 +35,8 @@ GRANT = "grant sqs:GetQueueAttributes so that the queue can be checked; sending 
 HANGING = "check its address in RECEIVER_EVENT_SINKS, and that no firewall is in between"
 PROXY_VARIABLES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 MAX_LINE_CHARS = 300
+# Of events that were given up for a sink that was removed: no worker sends them again.
+REMOVED = "RECEIVER_EVENT_SINKS has no sink of this name: give it to one, or let `receiver prune` remove them in time"
 
 
 def name_of(entry: Entry) -> str:
@@ -85,7 +87,8 @@ def undelivered(parts: Parts) -> Iterator[Result]:
                     continue  # see `left_behind`
                 error = session.execute(select(Dispatch.error).where(col(Dispatch.id) == dispatch)).scalar_one()
                 line = plain(f"{counted(count, 'event')} {words}, the newest after: {error}", MAX_LINE_CHARS)
-                yield Result(f"events to {name}: {words}", Status.NOTE, line, advice.format(as_argument(name)))
+                then = advice.format(as_argument(name)) if name in known else REMOVED
+                yield Result(f"events to {name}: {words}", Status.NOTE, line, then)
 
 
 def left_behind(parts: Parts) -> Iterator[Result]:
