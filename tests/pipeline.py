@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ from sqlmodel import col, select
 from receiver.app.process import _Server, web_config
 from receiver.app.wiring import Parts
 from receiver.base import config
-from receiver.local_store.seaweed import is_free, random_port
+from receiver.local_store.seaweed import HIGHEST_PORT, is_free
 from receiver.sandbox import Sandbox
 from receiver.workers.worker import Worker
 from storage.database import prepared
@@ -32,9 +35,23 @@ from tests.harness import CALLBACK_SECRET, wait_until
 from tests.rows import LONG_AGO, new_task
 
 
+def _own_ports() -> Iterator[int]:
+    """Ports of this test process alone, in turn: two processes once chose the same before either had opened it.
+
+    They are above the ports of databases and stores, which try another one, and below those that the system gives out.
+    """
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{each}") for each in ("", "_COUNT"))
+    own = range(HIGHEST_PORT, 32_000)[int((worker or "gw0")[2:]) :: int(workers or 1)]
+    first = secrets.randbelow(len(own))
+    return itertools.cycle([*own[first:], *own[:first]])
+
+
+OWN_PORTS = _own_ports()
+
+
 def free_port() -> int:
-    """A port on which no program listens, and that the system gives to no other program until it is used."""
-    return next(port for port in iter(random_port, None) if is_free(port))
+    """A port on which no program listens, and that no other test and no system gives out until it is used."""
+    return next(filter(is_free, OWN_PORTS))
 
 
 def settings_for(database_url: str, bucket: Any, sandbox: Sandbox, **changes: Any) -> config.Settings:
