@@ -133,7 +133,7 @@ class Clients:
                 host.circuit.succeeded()  # a refusal of one message says nothing about the host
             if isinstance(outcome, Retry):
                 host.down_since = host.down_since or began
-            elif outcome is None:  # also a slow one
+            elif outcome is None or isinstance(outcome, SinkGone):  # also a slow one
                 host.down_since = None
         # A 410 concerns this URL alone.
         return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome

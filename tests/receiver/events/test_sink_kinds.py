@@ -328,6 +328,25 @@ def test_a_slow_host_that_takes_its_callbacks_is_not_given_up(
     assert [row.tries for row in dispatches(database)] == [1, 1, 1, 0, 0]
 
 
+@pytest.mark.usefixtures("long_pause")
+@pytest.mark.parametrize("answer", [204, 410])
+def test_a_host_that_answered_since_its_failure_is_not_long_down(
+    database: Database, monkeypatch: pytest.MonkeyPatch, answer: int
+) -> None:
+    """Otherwise the next outage would count tries that were not made from its beginning."""
+    monkeypatch.setattr(client_callback, "LONG_DOWN_SECONDS", 2)
+    with client_case_of(database) as (case, hook):
+        hook.answer = iter([500, answer, *[500] * 3]).__next__
+        for _ in range(2):
+            record_steps(database, case, STEPS[0])
+        run(database, case)
+        time.sleep(2)
+        for _ in range(5):
+            record_steps(database, case, STEPS[0])
+        run(database, case)
+    assert [row.tries for row in dispatches(database)][2:] == [1, 1, 1, 0, 0]
+
+
 def test_callbacks_to_a_slow_host_return_one_behind_the_other() -> None:
     turns = CallbackTurns(client_callback.THREADS, lambda: 0)
     assert turns.begin("slow", "a") == 0
