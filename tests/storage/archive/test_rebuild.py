@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,16 @@ def test_rows_of_an_older_backup_get_the_archive_in_the_bucket(parts: Parts, emp
     assert len(sandbox.ledger().creates) == 2
     (audited,) = [batch.counts for batch in Audit(empty.database, empty.bucket, deep=True).run()]
     assert (audited.hashed, audited.faults) == (2, 0)
+
+
+@BOTH
+def test_a_rebuild_leaves_a_row_to_the_worker_that_has_it_in_hand(parts: Parts, empty: Parts) -> None:
+    (task,) = archive(parts, 1)
+    known = task.model_dump(include={"id", "external_task_id", "request", "request_hash", "created_at"})
+    insert_row(empty, **known, lease=uuid.uuid4(), due_at=datetime.now(UTC) + timedelta(seconds=60))
+    counts, _ = rebuild(empty)
+    assert (counts["known"], counts["tasks"]) == (1, 0)
+    assert task_of(empty, task.external_task_id).manifest_key is None
 
 
 @BOTH
