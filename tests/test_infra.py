@@ -205,7 +205,17 @@ def test_secrets_are_made_once_and_kept_from_others(secrets: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["pics", '"pics"', "'pics' # ours", "pics # ours", "pics\r", "old\nRECEIVER_S3_BUCKET=pics"]
+    "value",
+    [
+        "pics",
+        '"pics"',
+        "'pics' # ours",
+        "pics # ours",
+        "pics\r",
+        "old\nRECEIVER_S3_BUCKET=pics",
+        " pics",
+        "old\nexport RECEIVER_S3_BUCKET = pics",
+    ],
 )
 def test_the_stores_identity_opens_the_bucket_that_compose_reads_in_the_env_file(tmp_path: Path, value: str) -> None:
     shutil.copy(INFRA / "make-secrets", tmp_path)
