@@ -35,6 +35,7 @@ from tests.harness import CALLBACK_SECRET, wait_until
 from tests.rows import LONG_AGO, new_task
 
 
+@cache  # at the first call, because the processes of a run are forked after the import
 def _own_ports() -> Iterator[int]:
     """Ports of this test process alone, in turn: two processes once chose the same before either had opened it.
 
@@ -46,12 +47,9 @@ def _own_ports() -> Iterator[int]:
     return itertools.cycle([*own[first:], *own[:first]])
 
 
-OWN_PORTS = _own_ports()
-
-
 def free_port() -> int:
     """A port on which no program listens, and that no other test and no system gives out until it is used."""
-    return next(filter(is_free, OWN_PORTS))
+    return next(filter(is_free, _own_ports()))
 
 
 def settings_for(database_url: str, bucket: Any, sandbox: Sandbox, **changes: Any) -> config.Settings:
