@@ -217,9 +217,8 @@ NOT_FOUND = "called back, but the provider does not find it: it is not sent agai
 
 
 def give_back(task: TaskColumns) -> None:
-    """Give back the slots that the locked task holds or waits for, and clear its note of silence."""
-    task.slots, task.queued_at = 0, None
-    clear_silence_note(task)
+    """Give back the slots that the locked task holds or waits for, and clear its note, unless it is of its request."""
+    task.slots, task.queued_at, task.note = 0, None, request_note(task)
 
 
 def clear_silence_note(task: TaskColumns) -> None:

@@ -291,6 +291,19 @@ def test_an_unknown_status_keeps_the_row_and_the_polls(database: Database) -> No
     assert event_names(database, task) == ["task.created", "task.processing"]
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("unknown status 'resting'; the task is read again", None), (f"{tasks.DEFAULTED}n 1", f"{tasks.DEFAULTED}n 1")],
+)
+@pytest.mark.parametrize("end", [FAILED, pictures(1)], ids=lambda each: each.status)
+def test_a_tasks_end_clears_what_was_noted_of_its_reads(
+    database: Database, before: str, after: str | None, end: Report
+) -> None:
+    task = sent(database, note=before)
+    hear(database, task, end)
+    assert stored(database, task)["note"] == after
+
+
 def test_a_shortfall_is_read_three_times_and_then_finished(database: Database) -> None:
     task = sent(database, expected=2)
     hear(database, task, pictures(1))
