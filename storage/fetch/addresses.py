@@ -2,7 +2,8 @@
 
 The table replaces `ipaddress.is_global`, which changes between Python patch levels. It follows the two IANA
 special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry). It is stricter where no file host
-can be: IPv6 outside 2000::/3 and blocks that serve one protocol only (AS112, AMT, PCP and TURN anycast) are refused.
+can be: IPv6 outside 2000::/3 (but for NAT64) and blocks that serve one protocol only (AS112, AMT, PCP and TURN anycast)
+are refused.
 """
 
 from __future__ import annotations
@@ -81,7 +82,6 @@ IPV6_ROWS = (
     _row("::ffff:0:0/96", "IPv4-mapped", "RFC 4291 §2.5.5.2"),
     _row("::ffff:0:0:0/96", "IPv4-translated", "RFC 2765 §2.1"),
     _row("::/96", "IPv4-compatible", "RFC 4291 §2.5.5.1"),
-    _row("64:ff9b::/96", "NAT64", "RFC 6052 §2.1"),
     _row("64:ff9b:1::/48", "local-use NAT64", "RFC 8215"),
     _row("100::/64", "discard only", "RFC 6666"),
     _row("100:0:0:1::/64", "dummy prefix", "RFC 9780"),
@@ -102,6 +102,8 @@ IPV6_ROWS = (
     _row("ff00::/8", "multicast", "RFC 4291 §2.7"),
 )
 GLOBAL_UNICAST = IPv6Network("2000::/3")
+# Behind DNS64 a host that has IPv4 alone resolves to such an address (RFC 6052 §2.1). The IPv4 address in it decides.
+NAT64 = IPv6Network("64:ff9b::/96")
 NOT_GLOBAL_UNICAST = _row("::/0", "not global unicast", "RFC 4291 §2.4: IANA assigns from 2000::/3 only")
 
 # Names that never resolve to a public host. Refusing them saves a lookup every 15 minutes.
@@ -159,7 +161,7 @@ def _refusing_row(address: Address) -> Row | None:
     if isinstance(address, IPv4Address):
         return next((row for row in IPV4_ROWS if address in row.network), None)
     row = next((row for row in IPV6_ROWS if address in row.network), None)
-    if row is None and (address not in GLOBAL_UNICAST or address.scope_id):
+    if row is None and (not (address in GLOBAL_UNICAST or address in NAT64) or address.scope_id):
         return NOT_GLOBAL_UNICAST
     return row
 
