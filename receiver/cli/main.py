@@ -98,8 +98,9 @@ def _refuse_undecodable(words: Sequence[str]) -> None:
 
 
 def _show_usage(error: Any) -> int:
-    """Print typer's usage error, which may quote a file name of another user. Returns the exit code."""
-    error.message = visible(error.message)
+    """Print typer's usage error, which may quote a foreign file name. Returns the exit code."""
+    if type(error).__name__ != "NoArgsIsHelpError":  # its message is the help, and its class is private to typer
+        error.message = visible(error.message)
     shown = io.StringIO()
     error.show(file=shown)
     _show(shown.getvalue().rstrip())

@@ -81,6 +81,11 @@ def test_wrong_usage_is_exit_code_2(ready: CommandLine, words: tuple[str, ...]) 
     assert "Usage: " in done.err and "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("words", [(), ("batch",), ("events",)], ids=" ".join)
+def test_a_command_without_its_word_prints_its_help(words: tuple[str, ...], receiver: CommandLine) -> None:
+    assert receiver(*words).err.splitlines() == receiver(*words, "--help").out.splitlines()
+
+
 def test_settings_faults_are_reported_in_one_line_each(receiver: CommandLine) -> None:
     done = receiver("status", RECEIVER_S3_BUCKET=None, RECEIVER_PORT="many", RECEIVER_KLING_API_KEY="")
     assert (done.code, done.out) == (1, "")
