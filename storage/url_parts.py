@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import SplitResult, urlsplit
 
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 ENCODE = "percent-encode special characters in user and password (%2F for /, %23 for #, %40 for @)"
 
 
@@ -22,6 +23,10 @@ def split_url(url: str) -> SplitResult:
     if parts.netloc and "@" in parts.path + parts.query + parts.fragment:
         raise ValueError(f"has an @ behind the host: {ENCODE}")
     return parts
+
+
+def is_on_loopback(url: str) -> bool:
+    return (urlsplit(url).hostname or "") in LOOPBACK_HOSTS
 
 
 def host_and_port(url: str) -> str:

@@ -51,6 +51,7 @@ ADVICE = {
     "NoCredentialsError": "",  # the message is the advice
     "PartialCredentialsError": "",
     "Redirected": "",
+    "ProxyConnectionError": "correct that variable, or list the store's host in NO_PROXY",
 }
 PROOFS = {
     "sha256": "a put is proven by its SHA-256",

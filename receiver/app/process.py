@@ -27,7 +27,6 @@ from receiver.app.jobs import mend_due_times
 from receiver.app.wiring import Parts
 from receiver.base.collector import collector_paused, spare_imports
 from receiver.base.config import Settings
-from receiver.base.setting_faults import LOOPBACK_HOSTS
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from receiver.workers.supervisor import Supervisor, SupervisorProcess
 from receiver.workers.worker import TooFewThreads
@@ -38,7 +37,7 @@ from storage.errors import DatabaseUnavailable, UserError
 from storage.own_files import narrow
 from storage.rows import migrations
 from storage.spool import sweep
-from storage.url_parts import split_url
+from storage.url_parts import LOOPBACK_HOSTS, split_url
 
 log = structlog.get_logger()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from receiver.base.signature import key_of
-from storage.url_parts import split_url
+from storage.url_parts import is_on_loopback
 
 if TYPE_CHECKING:
     from receiver.base.config import Settings
@@ -16,7 +16,6 @@ PREFIX = "RECEIVER_"
 SECRET_MIN_CHARACTERS = 32
 KEY_MIN_CHARACTERS = 24
 CREDENTIAL = re.compile(r"[\x21-\x7e]+")
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def contradictions(settings: Settings) -> Iterator[str]:
@@ -49,7 +48,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
     yield from _event_faults(settings)
     yield from _credential_faults(settings)
     for name, url in (("PUBLIC_URL", settings.public_url), ("KLING_BASE_URL", settings.kling_base_url)):
-        if url and url.startswith("http://") and not settings.allow_http and not _is_loopback(url):
+        if url and url.startswith("http://") and not settings.allow_http and not is_on_loopback(url):
             yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
 
 
@@ -92,7 +91,3 @@ def weak_secrets(settings: Settings) -> Iterator[tuple[str, str]]:
             key_of(secret)
     except ValueError as error:
         yield f"{PREFIX}KLING_WEBHOOK_SECRETS", str(error)
-
-
-def _is_loopback(url: str) -> bool:
-    return (split_url(url).hostname or "") in LOOPBACK_HOSTS

@@ -20,6 +20,7 @@ from storage.bucket.signed_requests import ConditionFailed, SignedRequests, TryA
 from storage.bucket.store_errors import NoSuchObject, code, host, is_stale, no_listing, refusal, status, store_at
 from storage.errors import StoreUnavailable, UserError
 from storage.http_date import http_date
+from storage.url_parts import is_on_loopback
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
@@ -69,6 +70,9 @@ class StoreConnection:
             retries={"mode": "standard", "total_max_attempts": TRIES},
             max_pool_connections=connections,
             tcp_keepalive=True,
+            # A proxy's loopback is another machine. Go's clients never ask one for it, and boto3 only where NO_PROXY
+            # lists it.
+            proxies={} if endpoint_url and is_on_loopback(endpoint_url) else None,
             s3=None if addressing == "auto" else {"addressing_style": addressing},
             request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
             response_checksum_validation="when_required",  # objects are hashed here while they are read, with SHA-256

@@ -163,6 +163,14 @@ def test_unreachable_store_is_a_fault_with_its_remedy(look_at_all: Look) -> None
     assert "127.0.0.1:1 cannot be reached" in found["bucket"] and "RECEIVER_S3_ENDPOINT_URL" in found["bucket"]
 
 
+def test_a_proxy_in_front_of_the_store_that_is_down_is_named(
+    look_at_all: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    says = faults(look_at_all(s3_endpoint_url="https://store.example.com"))["bucket"]
+    assert says.endswith("cannot be reached: correct that variable, or list the store's host in NO_PROXY")
+
+
 def test_unreachable_store_of_boto3s_own_settings_is_named(look_at_all: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     says = faults(look_at_all(s3_endpoint_url=None))["bucket"]

@@ -319,6 +319,17 @@ def test_missing_bucket_is_named(bucket: Bucket, seaweed: Seaweed) -> None:
         Bucket("elsewhere", endpoint_url=seaweed.endpoint_url).abort_uploads("a")
 
 
+def test_a_store_on_loopback_is_not_asked_for_through_a_proxy(
+    bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a company's proxy every shell has these variables, mostly without NO_PROXY."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    beside = fresh(bucket, seaweed)
+    assert put(beside, "a.png", b"one") is True
+    assert [each.key for each in beside.list(bucket.prefix)] == [f"{bucket.prefix}a.png"]
+
+
 @pytest.mark.usefixtures("s3_environment")
 def test_unreachable_store_is_named_without_its_password() -> None:
     down = Bucket("pictures", endpoint_url="http://user:secret@127.0.0.1:9")
