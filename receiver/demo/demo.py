@@ -30,7 +30,7 @@ from receiver.app.wiring import Parts
 from receiver.base import config, telemetry
 from receiver.demo import board
 from receiver.demo.board import Compared, Outcome, Watch, Wish
-from receiver.local_store.seaweed import Mortal, Seaweed, answers, is_free, random_port, weed_binary
+from receiver.local_store.seaweed import PORT_TRIES, Mortal, Seaweed, answers, is_free, random_port, weed_binary
 from receiver.sandbox import Knobs, Sandbox
 from receiver.tasks.task_view import find, is_over
 from storage.database.urls import file_url
@@ -120,7 +120,6 @@ class Stage:
         self.seaweed = Seaweed(directory / "s3", BUCKET)
         self.sandbox = Sandbox(knobs=Knobs(submitted_seconds=SUBMITTED_SECONDS, processing_seconds=PROCESSING_SECONDS))
         self._deadline = deadline
-        self._port = next(port for port in iter(random_port, None) if is_free(port))
         self._receiver: subprocess.Popen[bytes] | None = None
         self._mortal = Mortal()
 
@@ -131,8 +130,7 @@ class Stage:
         """
         board.print_line(console, f"S3 server  SeaweedFS at {self._start_seaweed()}")
         board.print_line(console, f"provider   sandbox at {self.sandbox.start().url}")
-        environment = self._environment()
-        self._start_receiver(environment)
+        environment = self._start_receiver()
         board.print_line(console, f"receiver   {environment['RECEIVER_PUBLIC_URL']}, log in {self.log_path}")
         return environment
 
@@ -140,11 +138,11 @@ class Stage:
         self.seaweed.start()
         return self.seaweed.endpoint_url
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, port: int) -> dict[str, str]:
         return {
             "RECEIVER_DATABASE_URL": file_url(self.directory / "receiver.db"),
-            "RECEIVER_PORT": str(self._port),
-            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
+            "RECEIVER_PORT": str(port),
+            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}",
             "RECEIVER_CALLBACK_SECRETS": secrets.token_urlsafe(32),
             "RECEIVER_CONSOLE_KEYS": f"demo={secrets.token_urlsafe(32)}",
             "RECEIVER_CONSOLE_THUMBNAIL_DIR": str(self.directory / "thumbnails"),
@@ -163,18 +161,28 @@ class Stage:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
 
-    def _start_receiver(self, settings: Mapping[str, str]) -> None:
-        with os.fdopen(open_own(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
-            self._receiver = self._mortal.start(
-                [sys.executable, "-m", "receiver", "serve"],
-                death_signal=signal.SIGTERM,
-                log=log,
-                cwd=self.directory,
-                env={**_without_foreign(os.environ), **settings},
-            )
-        while not answers("GET", self._port, "/readyz?strict=1"):
-            self.check("the receiver did not become ready")
-            time.sleep(POLL_INTERVAL_SECONDS)
+    def _start_receiver(self) -> Mapping[str, str]:
+        """Start it and wait until it is ready, on another port if a program takes the picked one first."""
+        for _ in range(PORT_TRIES):
+            port = next(filter(is_free, iter(random_port, None)))
+            settings = self._environment(port)
+            with os.fdopen(open_own(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
+                self._receiver = self._mortal.start(
+                    [sys.executable, "-m", "receiver", "serve"],
+                    death_signal=signal.SIGTERM,
+                    log=log,
+                    cwd=self.directory,
+                    env={**_without_foreign(os.environ), **settings},
+                )
+            try:
+                while not answers("GET", port, "/readyz?strict=1"):
+                    self.check("the receiver did not become ready")
+                    time.sleep(POLL_INTERVAL_SECONDS)
+                return settings
+            except DemoFailed:
+                if b"cannot listen on " not in self.log_path.read_bytes():
+                    raise
+        raise DemoFailed(f"other programs took its port {PORT_TRIES} times; start it again")
 
     def check(self, what_if_late: str) -> None:
         """Raises `DemoFailed` if the receiver has ended or the time is over."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,7 @@ from storage.states import ArchiveState, TaskState
 from tests.command_line import CommandLine
 from tests.forked import Forked
 from tests.harness import ROOT, wait_until
+from tests.pipeline import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -249,6 +251,18 @@ def test_demo_with_keep_stays_until_it_is_ended(tmp_path: Path) -> None:
         assert running.process.returncode == 0
         assert running.leftovers() == []
         assert (tmp_path / "here" / "receiver.log").stat().st_size
+
+
+def test_demo_starts_on_another_port_if_a_program_takes_its_own(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as program:
+        taken, free = program.getsockname()[1], free_port()
+        ports = {
+            "receiver.demo.demo:random_port": partial(next, iter([taken, free])),
+            "receiver.demo.demo:is_free": bool,
+        }
+        with started(tmp_path, constants=ports) as running:
+            ready = f"receiver   http://127.0.0.1:{free},"
+            wait_until(lambda: running.says(ready), seconds=60, every=POLL_INTERVAL_SECONDS)
 
 
 def test_demo_that_times_out_names_the_log(tmp_path: Path) -> None:
