@@ -21,9 +21,10 @@ from storage.database.sessions import Database
 from storage.rows import migrations
 
 TASKS, DAYS, FILES, EVENTS = 1_000_000, 30, 3, 8
-# One task in this many: failed at the provider; brought no file; waits for its read; had a refused delivery; has a
-# batch.
-FAILED, INCOMPLETE, WAITING, REJECTED, BATCHED = 50, 100, 500, 100_000, 4
+# One task in this many: failed at the provider; brought no file; had a refused delivery; has a batch.
+FAILED, INCOMPLETE, REJECTED, BATCHED = 50, 100, 100_000, 4
+# Tasks of the last tenth that wait for their read, at most one in ten.
+WAITING = 200
 BATCHES = 50
 # One in this many: of the tasks in the last tenth, the files are tried again (TRYING); of the archived tasks, the event
 # is dead (DEAD) or still waits (OPEN).
@@ -120,7 +121,8 @@ def _rows(words: Words, tasks: int) -> list[str]:
     numbers = words.numbers.format(tasks=tasks)
     files, events = (f"{numbers}, {words.parts.format(last=count - 1)}" for count in (FILES, EVENTS))
     fails, lacks = f"i % {FAILED} = 7", f"i % {INCOMPLETE} = 8"
-    waits, tries = (f"(i % {each} AND i > {tasks} * 9 / 10)" for each in (f"{WAITING} = 9", f"{TRYING} = 11"))
+    one_in = max(10, tasks // 10 // WAITING)
+    waits, tries = (f"(i % {each} AND i > {tasks} * 9 / 10)" for each in (f"{one_in} = 9", f"{TRYING} = 11"))
     batch = words.numbers.format(tasks=BATCHES)
     began = words.moment.format(tasks=BATCHES, step=DAYS * 86_400 / BATCHES, after=-DAYS * 86_400 / BATCHES)
     return [

@@ -117,14 +117,14 @@ Store = Callable[[Path], AbstractContextManager[dict[str, str]]]
 
 
 def ours(
-    place: Path, source: Source, count: int, *, threads: int = TRANSFERS, store: Store = stage.seaweed
+    place: Path, source: Source, count: int, *, threads: int = TRANSFERS, store: Store = stage.seaweed, warm: int = 8
 ) -> tuple[float, float]:
-    """(seconds, CPU seconds of the worker) for `count` pictures, default settings, after eight to warm up."""
+    """(seconds, CPU seconds of the worker) for `count` pictures, default settings, after `warm` to warm up."""
     with store(place) as found, stage.database("sqlite", place) as url:
         found = {**found, **source.variables, "RECEIVER_WORKER_THREADS": str(threads)}
         variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
         with stage.workers(variables, place) as (process_id,):
-            _archive_and_forget(url, source, min(8, count))
+            _archive_and_forget(url, source, min(warm, count))
             before = stage.cpu_seconds(process_id)
             seconds = archive(url, source, count)
             return seconds, stage.cpu_seconds(process_id) - before
@@ -139,23 +139,32 @@ def _archive_and_forget(url: str, source: Source, count: int) -> None:
 
 
 def rclone(
-    place: Path, source: Source, count: int, *, threads: int = TRANSFERS, store: Store = stage.seaweed
+    place: Path, source: Source, count: int, *, threads: int = TRANSFERS, store: Store = stage.seaweed, warm: int = 0
 ) -> tuple[float, float]:
-    """(seconds, CPU seconds) of `rclone copyurl --urls` into an S3 server of its own, as many transfers as threads."""
-    urls = place / "urls.csv"
-    urls.write_text("".join(f"{source.link(number)},{number:06}.png\n" for number in range(count)))
+    """(seconds, CPU seconds) of `rclone copyurl --urls` into an S3 server of its own, as many transfers as threads,
+    after `warm` to warm that server up.
+    """
     with store(place / "rclone") as found:
         remote = {
             "RCLONE_CONFIG_S_TYPE": "s3", "RCLONE_CONFIG_S_PROVIDER": "Other", "RCLONE_CONFIG_S_ENV_AUTH": "true",
             "RCLONE_CONFIG_S_ENDPOINT": found["RECEIVER_S3_ENDPOINT_URL"], "RCLONE_CONFIG_S_NO_CHECK_BUCKET": "true",
         }  # fmt: skip
-        command = [stage.rclone(), "copyurl", "--urls", str(urls), f"s:{found['RECEIVER_S3_BUCKET']}/copied"]
-        before, started = _children_cpu(), time.monotonic()
-        subprocess.run(
-            [*command, "--transfers", str(threads)], env={**os.environ, **found, **remote, **source.variables},
-            check=True, timeout=DRAIN_SECONDS, capture_output=True,
-        )  # fmt: skip
-        return time.monotonic() - started, _children_cpu() - before
+
+        def copy(many: int, folder: str) -> tuple[float, float]:
+            urls = place / "urls.csv"
+            urls.write_text("".join(f"{source.link(number)},{number:06}.png\n" for number in range(many)))
+            target = f"s:{found['RECEIVER_S3_BUCKET']}/{folder}"
+            command = [stage.rclone(), "copyurl", "--urls", str(urls), target, "--transfers", str(threads)]
+            before, started = _children_cpu(), time.monotonic()
+            subprocess.run(
+                command, env={**os.environ, **found, **remote, **source.variables}, check=True, timeout=DRAIN_SECONDS,
+                capture_output=True,
+            )  # fmt: skip
+            return time.monotonic() - started, _children_cpu() - before
+
+        if warm:
+            copy(min(warm, count), "warm-up")
+        return copy(count, "copied")
 
 
 def floor(place: Path, source: Source, count: int) -> tuple[float, float]:
